@@ -1,0 +1,88 @@
+"""What the seven numbers of an action mean, as data.
+
+A dataset, a policy and a benchmark each declare one `ActionConvention`; evaluation refuses when they differ.
+Silent mismatches (gripper sign, rotation layout, control rate) are the commonest cause of "0 %" results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vlm4vla_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class ActionConvention:
+    """The meaning of one action vector of `len(names)` numbers.
+
+    names: one per dimension, in order. units: one per dimension (`m`, `rad`, `1`, ...).
+    frame: what the motion is expressed in. rotation: `euler_xyz`, `axis_angle`, `rot6d` or `none`.
+    relative: motion since the current pose (True) or a target pose (False).
+    gripper_open, gripper_closed: the value of the last dimension for each state.
+    control_hz: actions per second. scaling: what one unit of the numbers stands for, in words.
+    """
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    frame: str
+    rotation: str
+    relative: bool
+    gripper_open: float
+    gripper_closed: float
+    control_hz: float
+    scaling: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "units", tuple(self.units))
+        if len(self.names) != len(self.units):
+            raise InputError(f"an action convention names {len(self.names)} dimensions but {len(self.units)} units")
+
+    @property
+    def size(self) -> int:
+        """Numbers in one action."""
+        return len(self.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "names": list(self.names), "units": list(self.units)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> ActionConvention:
+        known = {field.name for field in fields(cls)}
+        if set(value) != known:
+            wrong = ", ".join(sorted(set(value) ^ known))
+            raise InputError(f"an action convention with wrong or missing fields: {wrong}")
+        return cls(**value)
+
+    def differences(self, other: ActionConvention) -> list[str]:
+        """Readable list of the fields in which two conventions differ; empty when they agree."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{key} {mine[key]} against {theirs[key]}" for key in mine if mine[key] != theirs[key]]
+
+
+_POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+
+BRIDGE = ActionConvention(
+    names=_POSE,
+    units=("m", "m", "m", "rad", "rad", "rad", "1"),
+    frame="robot base, WidowX",
+    rotation="euler_xyz",
+    relative=True,
+    gripper_open=1.0,
+    gripper_closed=0.0,
+    control_hz=5.0,
+    scaling="physical units per step",
+)
+
+TABLETOP = ActionConvention(
+    names=_POSE,
+    units=("m", "m", "m", "rad", "rad", "rad", "1"),
+    frame="table, x to the right, y away from the camera, z up",
+    rotation="euler_xyz",
+    relative=True,
+    gripper_open=1.0,
+    gripper_closed=0.0,
+    control_hz=5.0,
+    scaling="physical units per step",
+)

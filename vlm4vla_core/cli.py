@@ -1,0 +1,83 @@
+"""`vlm4vla VERB …`: one visible table of verbs; each verb's module is imported only when it is called.
+
+A verb's module holds a frozen dataclass `Args` (tyro makes the flags and the help from it), a `run(args)`
+and a module docstring whose last paragraph is an example. Verbs that ask questions live in `probes.verbs`
+and are named here as text, so the core imports nothing of probes.
+
+Exit codes: 0 done, 2 bad input (one clear line on stderr), 1 failure, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from vlm4vla_core.errors import InputError, nearest
+
+VERBS: dict[str, tuple[str, str]] = {
+    "record": ("vlm4vla_core.verbs.record", "record scripted demonstrations in a built-in world into an episode store"),
+    "convert": ("vlm4vla_core.verbs.convert", "convert real robot data (RLDS tfrecords) into an episode store"),
+    "inspect": ("vlm4vla_core.verbs.inspect", "look into an episode store: counts, statistics, warnings, contact sheet"),
+    "train": ("vlm4vla_core.verbs.train", "turn a VLM into a VLA (or train it on questions) from an episode store"),
+    "evaluate": ("vlm4vla_core.verbs.evaluate", "roll a policy out in a benchmark, one row per episode"),
+    "features": ("probes.verbs.features", "extract vision-encoder features of a checkpoint"),
+    "probe": ("probes.verbs.probe", "fit a linear readout on features, beside its baselines"),
+    "similarity": ("probes.verbs.similarity", "compare two sets of features by centred kernel alignment"),
+    "diverge": ("probes.verbs.diverge", "measure how VLM training and VLA training part, in weights and gradients"),
+    "correlate": ("probes.verbs.correlate", "correlate VLM capability with VLA performance"),
+    "report": ("probes.verbs.report", "run parameterised notebooks and build the report site"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in VERBS.items())
+    return (
+        "usage: vlm4vla VERB [options]\n\n"
+        "Does this VLM make a good robot policy, and why?\n\n"
+        f"verbs:\n{rows}\n\n"
+        "`vlm4vla VERB --help` explains one verb, with an example.\n"
+        "exit codes: 0 done, 2 bad input, 1 failure"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (the console script passes it to the shell)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"vlm4vla {version('vlm4vla')}")
+        return 0
+    if words[0] not in VERBS:
+        print(f"vlm4vla: unknown verb '{words[0]}'; {nearest(words[0], VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return _call(words[0], words[1:])
+    except InputError as error:
+        print(f"vlm4vla {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vlm4vla {words[0]}: interrupted; issue the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vlm4vla … | head`
+        sys.stderr.close()
+        return 1
+
+
+def _call(verb: str, words: list[str]) -> int:
+    import tyro
+
+    module = importlib.import_module(VERBS[verb][0])
+    try:
+        args = tyro.cli(module.Args, args=words, prog=f"vlm4vla {verb}", description=module.__doc__)
+    except SystemExit as stop:  # tyro has printed its help (0) or its error (2)
+        return int(stop.code or 0)
+    return int(module.run(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Folders that are either whole or absent, with a manifest written last.
+
+Every product of a verb (store, checkpoint, rows, features, report) is a folder with a JSON manifest. It is
+written into a temporary sibling, flushed, and renamed; so a killed run leaves nothing half-written under the
+final name. Re-issuing a verb asks `current` first and does nothing when config and inputs are unchanged.
+
+Trap: a folder without its manifest is not a product, however complete it looks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vlm4vla_core.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_VERSIONED = ("vlm4vla", "torch", "transformers", "numpy", "pandas", "pyarrow", "scipy")
+
+
+def project_root() -> Path:
+    """The checkout that holds the packages (or site-packages, in an installed wheel)."""
+    return Path(__file__).resolve().parent.parent
+
+
+def shipped(relative: str) -> Path:
+    """A file or folder that ships with the project, such as `data/paper`.
+
+    Looks in the checkout first, then in the installed wheel. Raises InputError when neither has it.
+    """
+    for root in (project_root(), Path(__file__).resolve().parent / "_shipped"):
+        if (root / relative).exists():
+            return root / relative
+    raise InputError("a file that ships with the project is missing", where=relative, fix="reinstall vlm4vla")
+
+
+# --- hashes ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """First 16 hex digits of a file's SHA-256, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# --- JSON -----------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically (temporary sibling, flush, rename); NaN is refused, since JSON has none."""
+    text = json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def read_json(path: Path, *, fix: str = "") -> Any:
+    """Read JSON. Raises InputError when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("file not found", where=path, fix=fix) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid JSON ({error})", where=path, fix=fix or "restore or remake the file") from None
+
+
+# --- manifests ------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """Who made this: library versions, commit, processor count, platform, time (UTC)."""
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "hardware": {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(project_root()), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def write_manifest(
+    folder: Path, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str], name: str = MANIFEST, **more: Any
+) -> dict[str, Any]:
+    """Write the manifest of a finished folder: what it is, how and from what it was made, and its files.
+
+    config: the settings that decide the content. inputs: name -> fingerprint of what it was made from.
+    more: further JSON values (counts, convention, cost). Returns the manifest.
+    """
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != name and not path.name.startswith(".")
+    }
+    manifest = {
+        "format": f"vlm4vla-{kind}",
+        "version": FORMAT_VERSION,
+        "config": dict(config),
+        "inputs": dict(inputs),
+        "fingerprint": fingerprint({path: entry["sha256"] for path, entry in files.items()}),
+        **more,
+        "files": files,
+        "made_by": provenance(),
+    }
+    write_json(folder / name, manifest)
+    return manifest
+
+
+def read_manifest(
+    folder: Path, kind: str, *, name: str = MANIFEST, fix: str = "", hashes: bool = False
+) -> dict[str, Any]:
+    """Read and check a folder's manifest: its kind, its version, and that every listed file is there and whole.
+
+    hashes=True also compares every file's SHA-256 (reads everything). Raises InputError naming what is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("no such folder", where=folder, fix=fix)
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"this folder has no {name}, so it is no finished {kind}", where=folder, fix=fix)
+    manifest = read_json(path, fix=fix)
+    if not isinstance(manifest, dict) or manifest.get("format") != f"vlm4vla-{kind}":
+        found = manifest.get("format", "unknown") if isinstance(manifest, dict) else type(manifest).__name__
+        raise InputError(f"expected a {kind}, found format '{found}'", where=path, fix=fix)
+    if manifest.get("version", 0) > FORMAT_VERSION:
+        raise InputError(
+            f"written by a newer vlm4vla (format {manifest['version']}, this one reads {FORMAT_VERSION})",
+            where=path,
+            fix="update vlm4vla",
+        )
+    for relative, entry in manifest.get("files", {}).items():
+        target = folder / relative
+        if not target.is_file():
+            raise InputError("a file listed in the manifest is missing", where=target, fix=fix or "remake the folder")
+        if target.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"file has {target.stat().st_size} bytes, the manifest says {entry['bytes']}",
+                where=target,
+                fix=fix or "remake the folder",
+            )
+        if hashes and file_fingerprint(target) != entry["sha256"]:
+            raise InputError("file content differs from the manifest", where=target, fix=fix or "remake the folder")
+    return manifest
+
+
+def current(
+    folder: Path, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str], name: str = MANIFEST
+) -> bool:
+    """True when `folder` is a whole product of this kind made from exactly this config and these inputs."""
+    try:
+        manifest = read_manifest(folder, kind, name=name)
+    except InputError:
+        return False
+    wanted = json.loads(json.dumps({"config": dict(config), "inputs": dict(inputs)}, default=_plain))
+    return manifest["config"] == wanted["config"] and manifest["inputs"] == wanted["inputs"]
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `final`; on success flush and rename it into place, else remove it.
+
+    An older folder under the final name is replaced only after the new one is whole.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        if final.exists():
+            final.replace(old)
+        temporary.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

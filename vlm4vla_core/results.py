@@ -1,0 +1,103 @@
+"""The tidy tables that everything downstream reads, and the intervals that success rates never go without.
+
+Three row kinds (design contract): one row per episode, per published or aggregated performance value, per
+capability score. Trap: an unknown value is an empty cell, never a zero.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vlm4vla_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EPISODE_COLUMNS = (
+    "run_id", "model", "family", "lineage", "params_b", "init", "freeze", "aux", "train_seed", "step", "benchmark",
+    "protocol", "task", "episode", "env_seed", "execute", "success", "success_rule", "steps", "chain", "partial",
+    "wall_s", "note",
+)  # fmt: skip
+PERFORMANCE_COLUMNS = (
+    "model", "family", "lineage", "benchmark", "task", "metric", "value", "successes", "episodes", "source", "quality",
+)  # fmt: skip
+CAPABILITY_COLUMNS = (
+    "model", "family", "lineage", "benchmark", "score", "stderr", "n", "evaluator", "version", "source", "quality",
+)  # fmt: skip
+
+
+class Interval(NamedTuple):
+    """A closed interval [low, high]."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion (Wilson 1927). Raises ValueError unless 0 <= successes <= n, n > 0."""
+    from scipy.stats import norm
+
+    _check_counts(successes, n)
+    z = float(norm.ppf(0.5 + level / 2))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # The bounds are exact at the ends; rounding must not push them outside [0, 1].
+    return Interval(0.0 if successes == 0 else float(centre - half), 1.0 if successes == n else float(centre + half))
+
+
+def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Exact interval of a proportion (Clopper and Pearson 1934). Raises ValueError as `wilson`."""
+    from scipy.stats import beta
+
+    _check_counts(successes, n)
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return Interval(low, high)
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n} episodes is no proportion")
+
+
+def read_table(path: Path, *, required: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read a CSV or parquet table. Raises InputError when it is missing, empty or lacks a required column."""
+    import pandas as pd
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("no such table", where=path)
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (ValueError, OSError, pd.errors.ParserError) as error:  # pyarrow's errors derive from these
+        raise InputError(f"cannot be read as a table ({str(error).splitlines()[0]})", where=path) from None
+    missing = [column for column in required if column not in frame.columns]
+    if missing:
+        raise InputError(
+            f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+            where=path,
+            fix=f"the table has: {', '.join(map(str, frame.columns))}",
+        )
+    if frame.empty:
+        raise InputError("the table has no rows", where=path)
+    return frame
+
+
+def success_table(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.DataFrame:
+    """Success per group with its n and its interval.
+
+    rows: episode rows (columns `success` and `by`). Returns one row per group in order of appearance:
+    by…, episodes, successes, rate, low, high (Wilson).
+    """
+    import pandas as pd
+
+    table = []
+    for key, group in rows.groupby(by, sort=False, dropna=False):
+        k, n = int(group["success"].sum()), len(group)
+        table.append((*(key if isinstance(key, tuple) else (key,)), n, k, k / n, *wilson(k, n, level)))
+    return pd.DataFrame(table, columns=[*by, "episodes", "successes", "rate", "low", "high"])
