@@ -1,0 +1,290 @@
+"""Roll a policy out in a benchmark: one row per episode, closed loop, many episodes at a time.
+
+The policy's declared action convention is compared with the benchmark's before the first step, and a
+difference refuses the evaluation. Re-issuing runs only the (task, episode) cells that are not there yet.
+
+Trap: `execute` (how many actions of a predicted chunk are carried out before the policy looks again) changes
+success rates, so it is part of the result and never chosen on the test episodes here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from vlm4vla_core import folders
+from vlm4vla_core.actions import ActionConvention
+from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.progress import progress
+from vlm4vla_core.results import EPISODE_COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from vlm4vla_core.sims.benchmark import BatchedEnv, Benchmark
+
+BASELINES = ("random", "zero", "mean-action", "scripted")
+
+
+class Actor(Protocol):
+    """What the rollout loop needs: a chunk of actions in the benchmark's convention for every episode."""
+
+    execute: int
+    labels: dict[str, Any]
+
+    def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        """Actions (len(rows), chunk, A) for the episodes `rows` of `env`."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaselineActor:
+    """A policy that never looks: uniform random, no motion, the mean demonstrated action; or the scripted expert."""
+
+    name: str
+    convention: ActionConvention
+    limit: np.ndarray  # (A,) largest magnitude of a random action
+    mean: np.ndarray | None = None  # (A,)
+    execute: int = 1
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        note = "privileged: reads the simulator's state" if self.name == "scripted" else "baseline without sight"
+        return {"run_id": self.name, "model": self.name, "note": note}
+
+    def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        if self.name == "scripted":
+            return env.expert()[rows][:, None]  # (R, 1, A)
+        actions = np.zeros((len(rows), 1, self.convention.size))
+        if self.name == "random":
+            for i, row in enumerate(rows):
+                actions[i, 0] = rngs[row].uniform(-self.limit, self.limit)
+                actions[i, 0, -1] = rngs[row].choice([self.convention.gripper_open, self.convention.gripper_closed])
+        elif self.name == "zero":
+            actions[..., -1] = self.convention.gripper_open
+        else:
+            actions[:] = self.mean
+        return actions
+
+
+@dataclass(frozen=True)
+class PolicyActor:
+    """A trained policy: sees the camera picture and the instruction."""
+
+    policy: Any  # VLAPolicy; typed loosely so that importing this module needs no torch
+    execute: int
+    labels: dict[str, Any]
+    batch_size: int = 64
+
+    def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        images = env.observe(rows)
+        instructions = [env.instructions[row] for row in rows]
+        chunks = [
+            self.policy.predict(images[i : i + self.batch_size], instructions[i : i + self.batch_size]).actions
+            for i in range(0, len(rows), self.batch_size)
+        ]
+        return np.concatenate(chunks)
+
+
+def check_conventions(policy: ActionConvention, benchmark: ActionConvention, *, where: object) -> None:
+    """Raise InputError that lists every difference between a policy's and a benchmark's action convention."""
+    if differences := policy.differences(benchmark):
+        raise InputError(
+            f"the policy's actions do not mean what the benchmark expects: {'; '.join(differences)}",
+            where=where,
+            fix="train on data recorded in the benchmark's convention",
+        )
+
+
+def rollout(
+    benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]], *, parallel: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Run the episodes `cells` = [(task, episode), …] and yield one row (a dict of EPISODE_COLUMNS) for each.
+
+    parallel: episodes stepped together; the outcome of an episode does not depend on it.
+    """
+    bar = progress(total=len(cells), what=f"evaluate {actor.labels['model']}", unit="episode")
+    with bar:
+        for start in range(0, len(cells), parallel):
+            group = cells[start : start + parallel]
+            yield from _rollout_group(benchmark, actor, group)
+            bar.update(len(group))
+
+
+def _rollout_group(benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    began = time.perf_counter()
+    tasks = [task for task, _ in cells]
+    seeds = [benchmark.env_seed(task, episode) for task, episode in cells]
+    env = benchmark.env(tasks, seeds)
+    limits = np.array([benchmark.step_limits[task] for task in tasks])  # (n,)
+    rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # a baseline's own stream, apart from the world's
+    ever = np.zeros(len(cells), bool)
+    last = np.zeros(len(cells), bool)
+    steps = np.zeros(len(cells), int)
+    running = np.ones(len(cells), bool)
+    any_step = benchmark.success_rule == "any_step"
+    chunk = np.zeros((len(cells), 1, benchmark.convention.size))
+    for t in range(int(limits.max())):
+        rows = np.flatnonzero(running)
+        if not len(rows):
+            break
+        phase = t % actor.execute  # every running episode started at t = 0, so they replan together
+        if phase == 0:
+            fresh = actor.act(env, rows, rngs)  # (R, chunk, A)
+            if not np.isfinite(fresh).all():
+                raise InputError("the policy returned NaN or infinite actions", where=actor.labels["model"])
+            chunk = np.zeros((len(cells), *fresh.shape[1:]))
+            chunk[rows] = fresh
+        actions = np.zeros((len(cells), benchmark.convention.size))
+        actions[rows] = chunk[rows, phase]
+        env.step(actions)
+        success = np.asarray(env.success(), bool)
+        steps[rows] += 1
+        last[rows], ever[rows] = success[rows], ever[rows] | success[rows]
+        running &= steps < limits
+        if any_step:
+            running &= ~ever
+    seconds = (time.perf_counter() - began) / len(cells)
+    for i, (task, episode) in enumerate(cells):
+        row = dict.fromkeys(EPISODE_COLUMNS)
+        row.update(actor.labels)
+        row.update(
+            benchmark=benchmark.name, protocol=benchmark.protocol, task=task, episode=episode, env_seed=seeds[i],
+            execute=actor.execute, success=bool(ever[i] if any_step else last[i]),
+            success_rule=benchmark.success_rule, steps=int(steps[i]), wall_s=round(seconds, 4),
+        )  # fmt: skip
+        yield row
+
+
+def evaluate(
+    policy: str | Path,
+    protocol: str,
+    out: Path,
+    *,
+    tasks: Sequence[str] = (),
+    episodes: int = 20,
+    execute: int | None = None,
+    parallel: int = 64,
+    data: Path | None = None,
+) -> pd.DataFrame:
+    """Evaluate a checkpoint (or a baseline by name) and keep one row per episode in `out`/rows.parquet.
+
+    policy: a checkpoint or run folder, or one of BASELINES (`mean-action` needs `data`, a store).
+    tasks: a subset of the benchmark's tasks, all when empty. episodes: per task, numbered from 0.
+    execute: actions of a chunk carried out before replanning; None means the whole chunk.
+    Returns all rows of `out`, old and new. Raises InputError on unknown names, mismatched conventions,
+    or when `out` holds rows of another policy or protocol.
+    """
+    from vlm4vla_core.sims import benchmark as find_benchmark
+
+    bench = find_benchmark(protocol)
+    chosen = tuple(tasks) or bench.tasks
+    for task in chosen:
+        if task not in bench.tasks:
+            raise InputError(f"{protocol} has no task '{task}'", fix=nearest(task, bench.tasks))
+    if episodes < 1:
+        raise InputError(f"--episodes must be at least 1, got {episodes}")
+    cells = [(task, episode) for task in chosen for episode in range(episodes)]
+    name, inputs = _identify(policy, data)
+    config = {"policy": name, "benchmark": bench.describe(), "execute": execute}
+    rows = _finished(out, config, inputs)
+    done = set() if rows is None else set(zip(rows["task"], rows["episode"], strict=True))
+    missing = [cell for cell in cells if cell not in done]
+    if rows is not None and not missing:
+        return rows
+    actor = _make_actor(policy, bench, execute, data)
+    frames = [] if rows is None else [rows]
+    # One write per group keeps a killed evaluation's finished episodes.
+    for start in range(0, len(missing), parallel):
+        frames.append(_frame(list(rollout(bench, actor, missing[start : start + parallel], parallel=parallel))))
+        rows = _save(out, frames, config, inputs)
+    assert rows is not None
+    return rows
+
+
+def _identify(policy: str | Path, data: Path | None) -> tuple[str, dict[str, str]]:
+    """What kind of policy this is, and the fingerprints that its rows are tied to."""
+    if str(policy) in BASELINES:
+        if str(policy) != "mean-action":
+            return str(policy), {}
+        if data is None:
+            raise InputError("mean-action needs demonstrations to average", fix="add --data STORE")
+        return "mean-action", {"data": _store_fingerprint(Path(data))}
+    from vlm4vla_core import checkpoint
+
+    try:
+        folder = checkpoint.resolve(Path(policy))
+    except InputError as error:
+        if not Path(policy).exists():
+            fix = f"give a checkpoint or run folder, or one of {', '.join(BASELINES)}"
+            raise InputError("no such checkpoint", where=policy, fix=fix) from None
+        raise error
+    return "checkpoint", {"checkpoint": folders.read_manifest(folder, "checkpoint")["fingerprint"]}
+
+
+def _store_fingerprint(store: Path) -> str:
+    return str(folders.read_manifest(store, "episodes", name="dataset.json")["fingerprint"])
+
+
+def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data: Path | None) -> Actor:
+    if str(policy) in BASELINES:
+        mean = None
+        if str(policy) == "mean-action":
+            from vlm4vla_core.episodes.store import EpisodeStore
+
+            assert data is not None
+            store = EpisodeStore.open(data)
+            check_conventions(store.convention, bench.convention, where=data)
+            mean = np.asarray(store.stats["action"]["mean"])
+            halfway = (bench.convention.gripper_open + bench.convention.gripper_closed) / 2
+            opens = (mean[-1] > halfway) == (bench.convention.gripper_open > halfway)
+            mean[-1] = bench.convention.gripper_open if opens else bench.convention.gripper_closed
+        return BaselineActor(str(policy), bench.convention, np.asarray(bench.action_limit), mean)
+    from vlm4vla_core import checkpoint
+    from vlm4vla_core.policy import VLAPolicy
+
+    folder = checkpoint.resolve(Path(policy))
+    model = VLAPolicy.load(folder)
+    check_conventions(model.config.convention, bench.convention, where=folder)
+    chunk = model.config.chunk
+    if execute is not None and not 1 <= execute <= chunk:
+        raise InputError(f"--execute {execute} does not fit the policy's chunk of {chunk}", where=folder)
+    return PolicyActor(model, execute or chunk, checkpoint.row_labels(folder))
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(EPISODE_COLUMNS))
+
+
+def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.DataFrame | None:
+    """Rows already in `out`, None when there are none; refuses a folder of another evaluation."""
+    import pandas as pd
+
+    if not (out / folders.MANIFEST).exists():
+        return None
+    manifest = folders.read_manifest(out, "rollouts")
+    if manifest["config"] != config or manifest["inputs"] != inputs:
+        raise InputError(
+            "this folder holds rollouts of another policy, protocol or execute length",
+            where=out,
+            fix="give another --out, or remove it",
+        )
+    return pd.read_parquet(out / "rows.parquet")
+
+
+def _save(out: Path, frames: list[pd.DataFrame], config: dict[str, Any], inputs: dict[str, str]) -> pd.DataFrame:
+    import pandas as pd
+
+    parts = [frame.astype(object) for frame in frames]
+    rows = pd.concat(parts, ignore_index=True).convert_dtypes()
+    with folders.new_folder(out) as folder:
+        rows.to_parquet(folder / "rows.parquet", index=False)
+        folders.write_manifest(folder, "rollouts", config=config, inputs=inputs, episodes=len(rows))
+    return rows
