@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 # Pins are exact, torch's aside where the system brings its own.
 CONSTRAINTS := $(if $(SYSTEM_TORCH),$(VENV)/constraints-without-torch.txt,constraints.txt)
 
-.PHONY: install report test lint notebooks clean
+.PHONY: install report test lint clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,3 +24,35 @@ $(STAMP): pyproject.toml constraints.txt
 		torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(CONSTRAINTS)
 	touch $@
+
+# The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.
+# Every verb does nothing when its product is there and its inputs have not changed.
+PROTOCOL := tabletop-abc-d@0
+report: $(STAMP)
+	$(VLM) record tabletop --episodes 400 --out $(WALK)/demos
+	$(VLM) train tiny --data $(WALK)/demos --out $(WALK)/vla
+	$(VLM) train tiny --data $(WALK)/demos --out $(WALK)/vlm --objective language
+	for baseline in random zero scripted; do \
+		$(VLM) evaluate $$baseline --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/$$baseline || exit; done
+	$(VLM) evaluate mean-action --data $(WALK)/demos --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/mean-action
+	$(VLM) evaluate $(WALK)/vla --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/vla
+	$(VLM) evaluate $(WALK)/vla/checkpoints/step-000000 --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/untrained
+	$(VLM) features $(WALK)/vla --data $(WALK)/demos --out $(WALK)/features-trained
+	$(VLM) features $(WALK)/vla/checkpoints/step-000000 --data $(WALK)/demos --out $(WALK)/features-start
+	$(VLM) probe $(WALK)/features-trained --against $(WALK)/features-start --data $(WALK)/demos --target gripper_xyz --json $(WALK)/probe.json
+	$(VLM) similarity $(WALK)/features-trained $(WALK)/features-start --json $(WALK)/similarity.json
+	$(VLM) diverge --base $(WALK)/vla/checkpoints/step-000000 --vlm $(WALK)/vlm --vla $(WALK)/vla \
+		--vlm-data $(WALK)/demos --vla-data $(WALK)/demos --out $(WALK)/divergence
+	$(VLM) correlate --json $(WALK)/correlate.json --plot $(WALK)/correlate.png
+	$(VLM) report all --out reports
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs reports/*/ reports/index.html

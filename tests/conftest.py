@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: default threading is 20x slower on small models
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: default threading is 20x slower on small models
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -1,0 +1,89 @@
+"""Whole-or-absent folders: what a reader relies on after a crash, a damaged file or a newer version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm4vla_core import folders
+from vlm4vla_core.errors import InputError
+
+
+def _product(folder: Path, text: str = "hello", **config: object) -> dict:
+    with folders.new_folder(folder) as temporary:
+        (temporary / "a.txt").write_text(text)
+        return folders.write_manifest(temporary, "thing", config=config, inputs={"source": "abc"})
+
+
+def test_a_killed_write_leaves_the_old_folder_and_no_new_one(tmp_path: Path) -> None:
+    _product(tmp_path / "out", "old")
+    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "out") as temporary:
+        (temporary / "a.txt").write_text("new")
+        raise RuntimeError("killed")
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_manifest_lists_every_file_with_its_true_hash(tmp_path: Path) -> None:
+    manifest = _product(tmp_path / "out")
+    assert manifest["files"]["a.txt"]["bytes"] == 5
+    assert manifest["files"]["a.txt"]["sha256"] == hashlib.sha256(b"hello").hexdigest()[:16]
+    assert manifest["made_by"]["versions"]["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
+        (lambda folder: (folder / "a.txt").unlink(), "missing"),
+        (lambda folder: (folder / "a.txt").write_text("hell"), "4 bytes, the manifest says 5"),
+        (lambda folder: (folder / "a.txt").write_text("jello"), "content differs"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "expected a thing"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": "vlm4vla-other"}'), "vlm4vla-other"),
+        (
+            lambda folder: (folder / "manifest.json").write_text('{"format": "vlm4vla-thing", "version": 99}'),
+            "newer vlm4vla",
+        ),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:
+    _product(tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(InputError, match=message) as caught:
+        folders.read_manifest(tmp_path / "out", "thing", hashes=True)
+    assert str(tmp_path / "out") in str(caught.value)
+    assert not folders.current(tmp_path / "out", "thing", config={}, inputs={"source": "abc"}) or message == (
+        "content differs"
+    )
+
+
+def test_current_only_for_the_same_config_and_inputs(tmp_path: Path) -> None:
+    _product(tmp_path / "out", size=(1, 2), path=Path("x"))
+    same = {"size": (1, 2), "path": Path("x")}
+    assert folders.current(tmp_path / "out", "thing", config=same, inputs={"source": "abc"})
+    assert not folders.current(tmp_path / "out", "thing", config={**same, "size": (1, 3)}, inputs={"source": "abc"})
+    assert not folders.current(tmp_path / "out", "thing", config=same, inputs={"source": "abd"})
+    assert not folders.current(tmp_path / "other", "thing", config=same, inputs={"source": "abc"})
+
+
+def test_json_is_atomic_and_has_no_nan(tmp_path: Path) -> None:
+    folders.write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folders.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_fingerprint_ignores_key_order() -> None:
+    assert folders.fingerprint({"a": 1, "b": [2]}) == folders.fingerprint({"b": [2], "a": 1})
+    assert folders.fingerprint({"a": 1}) != folders.fingerprint({"a": 2})
+
+
+def test_shipped_names_what_is_missing() -> None:
+    assert folders.shipped("data/paper").is_dir()
+    with pytest.raises(InputError, match="no/such"):
+        folders.shipped("no/such")
