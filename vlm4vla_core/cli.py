@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 bad input (one clear line on stderr), 1 failure, 130 inter
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from vlm4vla_core.errors import InputError, nearest
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 def _call(verb: str, words: list[str]) -> int:
     import tyro
 
+    # Small models lose time to many threads; a user's own setting stands.
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
     module = importlib.import_module(VERBS[verb][0])
     try:
         args = tyro.cli(module.Args, args=words, prog=f"vlm4vla {verb}", description=module.__doc__)

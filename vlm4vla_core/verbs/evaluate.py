@@ -37,15 +37,9 @@ class Args:
 
 
 def run(args: Args) -> int:
-    import os
-
-    from vlm4vla_core.evaluation import BASELINES, evaluate
+    from vlm4vla_core.evaluation import evaluate
     from vlm4vla_core.results import success_table, wilson
 
-    if args.policy not in BASELINES:
-        import torch
-
-        torch.set_num_threads(min(2, os.cpu_count() or 1))  # small models lose time to more
     out = args.out or _default_out(args)
     rows = evaluate(
         args.policy, args.benchmark, out,

@@ -1,0 +1,197 @@
+"""The rollout loop on a one-dimensional world whose outcomes can be counted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlm4vla_core import evaluation
+from vlm4vla_core.actions import TABLETOP, ActionConvention
+from vlm4vla_core.cli import main
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.results import EPISODE_COLUMNS
+
+LINE = replace(TABLETOP, frame="line")
+
+
+@dataclass
+class LineEnv:
+    """Success while the position, the running sum of the first action number, lies in [goal, goal + 1)."""
+
+    goals: np.ndarray
+    instructions: list[str]
+    position: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = np.zeros(len(self.goals))
+
+    def observe(self, rows: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self.position[rows, None, None, None], (len(rows), 2, 2, 3)).astype(np.uint8)
+
+    def step(self, actions: np.ndarray) -> None:
+        self.position += actions[:, 0]
+
+    def success(self) -> np.ndarray:
+        return (self.position >= self.goals) & (self.position < self.goals + 1)
+
+
+@dataclass(frozen=True)
+class LineBenchmark:
+    success_rule: str = "any_step"
+    name: str = "line"
+    protocol: str = "line@1"
+    tasks: tuple[str, ...] = ("near", "far")
+    convention: ActionConvention = LINE
+    action_limit: tuple[float, ...] = (1.0,) * 7
+
+    @property
+    def step_limits(self) -> dict[str, int]:
+        return {"near": 6, "far": 6}
+
+    def env_seed(self, task: str, episode: int) -> int:
+        return {"near": 0, "far": 100}[task] + episode
+
+    def env(self, tasks: list[str], seeds: list[int]) -> LineEnv:
+        goals = np.array([seed % 100 + (1 if task == "near" else 4) for task, seed in zip(tasks, seeds, strict=True)])
+        return LineEnv(goals.astype(float), list(tasks))
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "success_rule": self.success_rule}
+
+
+@dataclass
+class Walker:
+    """Predicts chunks of `+1`; counts how often it was asked."""
+
+    execute: int
+    chunk: int = 4
+    asked: int = 0
+    labels: dict[str, Any] = field(default_factory=lambda: {"model": "walker"})
+
+    def act(self, env: LineEnv, rows: np.ndarray, rngs: Any) -> np.ndarray:
+        self.asked += 1
+        actions = np.zeros((len(rows), self.chunk, 7))
+        actions[:, :, 0] = 1
+        return actions
+
+
+CELLS = [(task, episode) for task in ("near", "far") for episode in range(4)]
+
+
+def test_any_step_stops_at_the_first_success() -> None:
+    rows = list(evaluation.rollout(LineBenchmark(), Walker(execute=1), CELLS))
+    # Goals are 1..4 (near) and 4..7 (far); six steps of +1 reach goals up to 6.
+    assert [row["success"] for row in rows] == [True] * 4 + [True, True, True, False]
+    assert [row["steps"] for row in rows] == [1, 2, 3, 4, 4, 5, 6, 6]
+    assert all(list(row) == list(EPISODE_COLUMNS) for row in rows)
+
+
+def test_last_step_counts_only_the_end() -> None:
+    rows = list(evaluation.rollout(LineBenchmark("last_step"), Walker(execute=1), CELLS))
+    assert [row["success"] for row in rows] == [False] * 4 + [False, False, True, False]  # only goal 6 holds at 6
+    assert {row["steps"] for row in rows} == {6}
+
+
+@pytest.mark.parametrize(("execute", "asked"), [(1, 6), (2, 3), (3, 2), (4, 2)])
+def test_replanning_follows_the_execute_length(execute: int, asked: int) -> None:
+    walker = Walker(execute=execute)
+    list(evaluation.rollout(LineBenchmark("last_step"), walker, CELLS))
+    assert walker.asked == asked
+
+
+def test_outcomes_do_not_depend_on_the_batch() -> None:
+    together = list(evaluation.rollout(LineBenchmark(), Walker(execute=2), CELLS))
+    one_by_one = list(evaluation.rollout(LineBenchmark(), Walker(execute=2), CELLS, parallel=1))
+    for a, b in zip(together, one_by_one, strict=True):
+        assert {**a, "wall_s": 0} == {**b, "wall_s": 0}
+
+
+def test_nan_actions_are_refused() -> None:
+    class Broken(Walker):
+        def act(self, env: LineEnv, rows: np.ndarray, rngs: Any) -> np.ndarray:
+            return np.full((len(rows), 1, 7), np.nan)
+
+    with pytest.raises(InputError, match="NaN"):
+        list(evaluation.rollout(LineBenchmark(), Broken(execute=1), CELLS))
+
+
+def test_conventions_must_agree() -> None:
+    evaluation.check_conventions(LINE, LINE, where="x")
+    flipped = replace(LINE, gripper_open=-1.0)
+    with pytest.raises(InputError, match=r"gripper_open -1\.0 against 1\.0"):
+        evaluation.check_conventions(flipped, LINE, where="x")
+
+
+@pytest.fixture
+def line_world(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The line benchmark behind `evaluate`, and a log of how many episodes each call ran."""
+    from vlm4vla_core import sims
+
+    monkeypatch.setattr(sims, "benchmark", lambda name: LineBenchmark())
+    ran: list[int] = []
+    original = evaluation.rollout
+
+    def counting(bench: Any, actor: Any, cells: Any, **more: Any) -> Any:
+        ran.append(len(cells))
+        return original(bench, actor, cells, **more)
+
+    monkeypatch.setattr(evaluation, "rollout", counting)
+    return ran
+
+
+def test_reissuing_runs_only_the_missing_episodes(tmp_path: Path, line_world: list[int]) -> None:
+    first = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=2)
+    again = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=2)
+    more = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=3)
+    assert line_world == [4, 2]
+    assert len(first) == len(again) == 4
+    assert len(more) == 6
+    assert not more.duplicated(["task", "episode"]).any()
+
+
+def test_killed_evaluation_keeps_finished_groups(tmp_path: Path, line_world: list[int], monkeypatch) -> None:
+    original, calls = evaluation._save, []
+
+    def dying(*args: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(evaluation, "_save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=4, parallel=2)
+    monkeypatch.setattr(evaluation, "_save", original)
+    line_world.clear()
+    rows = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=4, parallel=2)
+    assert sum(line_world) == 4
+    assert len(rows) == 8
+
+
+def test_rows_of_another_policy_are_not_mixed_in(tmp_path: Path, line_world: list[int]) -> None:
+    evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=1)
+    with pytest.raises(InputError, match="another policy"):
+        evaluation.evaluate("random", "line@1", tmp_path / "rows", episodes=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no/such/run", "--benchmark", "tabletop-abc-d@0"], "no such checkpoint"),
+        (["zero", "--benchmark", "tabletop-abc-e@0"], "did you mean 'tabletop-abc-d@0'"),
+        (["zero", "--benchmark", "tabletop-abc-d@0", "--tasks", "tuoch"], "did you mean 'touch'"),
+        (["zero", "--benchmark", "tabletop-abc-d@0", "--episodes", "0"], "at least 1"),
+        (["mean-action", "--benchmark", "tabletop-abc-d@0"], "--data STORE"),
+    ],
+)
+def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *words]) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
