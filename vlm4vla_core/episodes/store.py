@@ -74,22 +74,29 @@ def write_store(
     column_names: Mapping[str, tuple[str, ...]] | None = None,
     provenance_note: str = "",
     progress: Callable[[int], Any] | None = None,
+    account: Callable[[], Mapping[str, Any]] | None = None,
 ) -> EpisodeStore:
     """Write episodes, consumed one at a time, into a store folder that appears whole or not at all.
 
     config, inputs: what decides the content (see `folders.current`). image_size: square training size; None
     keeps the source's. column_names: the names within each further column. progress: called with the number of
-    steps of each episode written, such as a bar's `update`. Raises InputError on no episodes and on an episode
-    that is empty, has NaN or infinite state or action, or does not have the shapes of the first one.
+    steps of each episode written, such as a bar's `update`. account: called after the last episode; what it
+    returns (what the reader left out, say) goes into the manifest. Raises InputError on no episodes, on an episode
+    that is empty, has NaN or infinite state or action, or does not have the shapes of the first one, and when `out`
+    holds something that is no store.
     """
-    with folders.new_folder(Path(out)) as folder:
+    out = Path(out)
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError("already holds something that is no episode store", where=out, fix="give another --out")
+    with folders.new_folder(out) as folder:
         writer = _Writer(folder, convention, state_names, image_size, jpeg_quality, jpeg_444, dict(column_names or {}))
         for episode in episodes:
             writer.add(episode)
             if progress:
                 progress(len(episode.action))
-        writer.finish(source=source, transform=transform, provenance_note=provenance_note, config=config, inputs=inputs)
-    return EpisodeStore.open(Path(out))
+        facts = {"source": source, "transform": transform, "provenance_note": provenance_note}
+        writer.finish(config=config, inputs=inputs, **facts, account=dict(account()) if account else {})
+    return EpisodeStore.open(out)
 
 
 class _Writer:

@@ -1,0 +1,64 @@
+"""Per-dataset transforms of actions: what turns raw robot logs into the actions a policy is trained on.
+
+A transform takes one episode's raw actions (T, A) and states (T, S) and returns the transformed actions together
+with the source steps they belong to, so that images and states can be cut alike.
+Trap: `bridge_orig` replaces the commanded motion by the motion that followed, which is another quantity
+(correlation 0.7 to 0.9 per dimension on real episodes), and it drops the first and the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vlm4vla_core.errors import InputError, nearest
+
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def none(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Actions as they are: (T, A) float32 and the steps 0…T-1."""
+    return np.asarray(action, np.float32), np.arange(len(action))
+
+
+def bridge_orig(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """OpenVLA's `bridge_orig`: settled gripper, and the motion replaced by the difference of the states.
+
+    action: (T, 7) with the gripper last (1 open, 0 closed), state: (T, S), S >= 6: position and Euler angles first.
+    Returns (max(T - 2, 0), 7) float32 and the source steps 1…T-2: step 0 goes because its logged action is zero,
+    the last because no state follows. Angles are subtracted plainly, without wrapping, as in the original.
+    Source: openvla/openvla, prismatic/vla/datasets/rlds/oxe (`bridge_orig_dataset_transform`).
+    """
+    action, state = np.asarray(action, np.float32)[1:], np.asarray(state, np.float32)[1:]
+    if len(action) < 2:
+        return np.zeros((0, action.shape[1]), np.float32), np.zeros(0, np.int64)
+    motion = state[1:, :6] - state[:-1, :6]  # (T - 2, 6)
+    gripper = settled_gripper(action[:, -1])[:-1, None]  # (T - 2, 1)
+    return np.concatenate([motion, gripper], axis=1), np.arange(1, len(action))
+
+
+def settled_gripper(gripper: np.ndarray) -> np.ndarray:
+    """Gripper commands as 1 (above 0.95) or 0 (below 0.05); a value between takes the next settled one.
+
+    gripper: (T,). Values at the end with no settled one after them take the last command, which may lie between.
+    """
+    settled = np.empty(len(gripper), np.float32)
+    carry = gripper[-1]
+    for step in range(len(gripper) - 1, -1, -1):
+        if gripper[step] > 0.95:
+            carry = np.float32(1)
+        elif gripper[step] < 0.05:
+            carry = np.float32(0)
+        settled[step] = carry
+    return settled
+
+
+TRANSFORMS: dict[str, Transform] = {"none": none, "bridge_orig": bridge_orig}
+
+
+def transform_named(name: str) -> Transform:
+    """A transform by its name. Raises InputError naming the known ones."""
+    if name not in TRANSFORMS:
+        raise InputError(f"unknown transform '{name}'", fix=nearest(name, TRANSFORMS))
+    return TRANSFORMS[name]
