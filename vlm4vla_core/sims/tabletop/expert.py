@@ -18,7 +18,7 @@ from vlm4vla_core.sims.tabletop.world import CONTACT, SLOTS, State, length
 LOW = 0.04  # height of the gripper's point when it grasps or pushes
 HOVER = 0.10  # how much higher it travels
 BEHIND = CONTACT + 0.025  # distance from the object's centre at which a push starts
-MOVE_SPEED = 0.04  # m per step in "move": unhurried, so that its demonstrations have four steps, not two
+MOVE_SPEED = 0.035  # m per step in "move": unhurried, so that its demonstrations have four steps, not two
 PUSH_GOAL = 0.14  # how far the expert means to push, a little more than success asks for
 _ANGLES = np.arange(16) * (np.pi / 8)
 _CANDIDATES = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)  # (16, 2) ways to push, tried by alignment
@@ -68,46 +68,59 @@ def _touch(state: State, goal: Goal) -> np.ndarray:
     return _towards(_funnel(state.gripper, target), np.ones(len(state), bool))
 
 
-def _lift(state: State, goal: Goal) -> np.ndarray:
-    target = target_position(state.objects, goal)
+def _grasp(state: State, target: np.ndarray) -> np.ndarray:
+    """Actions (n, 7) that go to the objects at `target` (n, 3) with open fingers and close them there."""
     above = np.concatenate([target[:, :2], np.full((len(state), 1), LOW)], 1)
-    holding = state.held == goal.slot
-    near = (length(above[:, :2] - state.gripper[:, :2]) < 0.03) & (np.abs(above[:, 2] - state.gripper[:, 2]) < 0.03)
-    up = np.array([0.0, 0.0, world.MAX_STEP])
-    delta = np.where(holding[:, None], up, _funnel(state.gripper, above))
-    # An empty closed hand or one with the wrong object opens first; the fingers close only around the target.
-    return _towards(delta, ~(holding | (near & state.open)))
+    delta = above - state.gripper
+    near = (length(delta[:, :2]) < 0.03) & (np.abs(delta[:, 2]) < 0.03)
+    # A closed hand, empty or with the wrong object, opens first; the fingers close only around the target.
+    return _towards(_funnel(state.gripper, above), ~(near & state.open))
+
+
+def _lift(state: State, goal: Goal) -> np.ndarray:
+    up = np.broadcast_to([0.0, 0.0, world.MAX_STEP], (len(state), 3))
+    raise_it, get_it = _towards(up, np.zeros(len(state), bool)), _grasp(state, target_position(state.objects, goal))
+    return np.where((state.held == goal.slot)[:, None], raise_it, get_it)
 
 
 def _push(state: State, goal: Goal) -> np.ndarray:
     n = len(state)
-    hand, target = state.gripper, target_position(state.objects, goal)[:, :2]
-    wanted = target_position(goal.objects_start, goal)[:, :2] + PUSH_GOAL * goal.direction[:, :2]
-    missing = wanted - target
-    way = _push_way(state, goal, target, missing)  # (n, 2) unit
+    hand, target = state.gripper, target_position(state.objects, goal)
+    started = target_position(goal.objects_start, goal)
+    missing = (started + PUSH_GOAL * goal.direction - target)[:, :2]
+    way, direct = _push_way(state, goal, target[:, :2], missing)  # (n, 2) unit, (n,) bool
     left = np.stack([-way[:, 1], way[:, 0]], 1)
-    offset = hand[:, :2] - target
+    offset = hand[:, :2] - target[:, :2]
     along, across = (offset * way).sum(1), (offset * left).sum(1)
 
     low_enough = hand[:, 2] < LOW + 0.03
     lined_up = (along < -(CONTACT - 0.015)) & (along > -(BEHIND + 0.05)) & (np.abs(across) < 0.025)
     pushing = lined_up & low_enough & ~state.open
     shove = way * world.MAX_STEP - left * across[:, None]
-    level = np.full((n, 1), LOW) - hand[:, 2:]
-    go = np.concatenate([target - way * BEHIND, np.full((n, 1), LOW)], 1)
-    delta = np.where(pushing[:, None], np.concatenate([shove, level], 1), _funnel(hand, go))
+    level = np.full((n, 1), LOW)
+    go = np.concatenate([target[:, :2] - way * BEHIND, level], 1)
+    delta = np.where(pushing[:, None], np.concatenate([shove, level - hand[:, 2:]], 1), _funnel(hand, go))
 
-    # Closing around an object would grasp it: stay open until clear of all of them, and let go of what is held.
+    # Closing around an object would grasp it: rise clear of all of them first, and let go of what is held.
     apart = length(state.objects[..., :2] - hand[:, None, :2])
-    crowded = ((apart < 0.06) & (state.kind >= 0)).any(1) & (hand[:, 2] < 0.12)
-    opens = (state.held >= 0) | (crowded & state.open)
+    crowded = ((apart < 0.06) & (state.kind >= 0)).any(1) & (hand[:, 2] < 0.12) & state.open
     rise = np.array([0.0, 0.0, world.MAX_STEP])
-    delta = np.where((crowded & state.open & (np.abs(along + BEHIND) > 0.03))[:, None], rise, delta)
-    return _towards(delta, opens)
+    delta = np.where((crowded & (np.abs(along + BEHIND) > 0.03))[:, None], rise, delta)
+    actions = _towards(delta, (state.held >= 0) | crowded)
+
+    # An object at the rail, which no push can bring back, is carried to where it started.
+    edge = (np.abs(target[:, :2]) > world.WORKSPACE_HIGH[:2] + 0.5 * world.RAIL).any(1)
+    holding = state.held == goal.slot
+    fetch, carry = edge & ~direct & ~holding, holding & (length((target - started)[:, :2]) > 0.03)
+    home = np.concatenate([started[:, :2], level], 1)
+    actions = np.where(fetch[:, None], _grasp(state, target), actions)
+    return np.where(carry[:, None], _towards(_funnel(hand, home), np.zeros(n, bool)), actions)
 
 
-def _push_way(state: State, goal: Goal, target: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Unit push directions (n, 2): straight to the goal when the hand can get behind, else the best detour."""
+def _push_way(
+    state: State, goal: Goal, target: np.ndarray, missing: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit push directions (n, 2): straight to the goal if the hand can get behind, else the best detour; which (n,)."""
     size = np.maximum(length(missing), 1e-9)
     straight = missing / size[:, None]
     options = np.concatenate([straight[:, None], np.broadcast_to(_CANDIDATES, (len(target), *_CANDIDATES.shape))], 1)
@@ -120,7 +133,7 @@ def _push_way(state: State, goal: Goal, target: np.ndarray, missing: np.ndarray)
         possible &= clear | ~other[:, None]
     score = (options * straight[:, None]).sum(2) + 0.05 * (np.arange(options.shape[1]) == 0)
     best = np.where(possible, score, -9.0).argmax(1)
-    return options[np.arange(len(target)), best]
+    return options[np.arange(len(target)), best], best == 0
 
 
 _EXPERTS = {"move": _move, "touch": _touch, "push": _push, "lift": _lift}

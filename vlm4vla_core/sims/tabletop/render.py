@@ -23,14 +23,14 @@ from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, SLOTS, 
 if TYPE_CHECKING:
     import torch
 
-TABLE = np.array([0.47, 0.41])  # half extents of the table top, which lies at z = 0
+TABLE = np.array([0.38, 0.37])  # half extents of the table top, which lies at z = 0
 TABLE_THICKNESS, FLOOR = 0.04, -0.45  # m
 BACKGROUND, TABLETOP, PLATE, GRIPPER, OBJECTS = 0, 1, 2, 3, 4  # segmentation; slot k is OBJECTS + k
 PALETTE = np.array(
     [[0.86, 0.13, 0.12], [0.13, 0.66, 0.22], [0.14, 0.30, 0.90], [0.96, 0.83, 0.12], [0.60, 0.20, 0.76], [0.12, 0.80, 0.85]]
 )  # as world.COLOURS
 _PLATE_RIM = 0.82  # fraction of the plate's radius where its darker rim begins
-_AMBIENT, _DIFFUSE = 0.50, 0.55
+_AMBIENT, _DIFFUSE = 0.56, 0.50
 _CHUNK = 16  # frames traced together: small enough for the processor's cache
 _FINGER, _PALM, _WRIST = (0.96, 0.50, 0.10), (0.15, 0.15, 0.17), (0.88, 0.89, 0.93)
 
@@ -84,20 +84,20 @@ class Look:
 
 LOOKS = {
     "A": Look(
-        Camera((0.0, -1.02, 0.92), (0.0, -0.01, 0.05), 1.20),
+        Camera((0.0, -1.26, 1.22), (0.0, 0.137, 0.06), 1.74),
         "planks", ((0.76, 0.56, 0.38), (0.68, 0.48, 0.31)), (0.27, 0.28, 0.33), (-0.35, -0.30, 1.0),
     ),
     "B": Look(
-        Camera((-0.16, -1.00, 0.94), (-0.01, -0.01, 0.05), 1.19),
+        Camera((-0.16, -1.15, 1.24), (0.049, 0.095, 0.06), 1.68),
         "tiles", ((0.62, 0.66, 0.70), (0.55, 0.59, 0.64)), (0.38, 0.29, 0.25), (0.40, -0.25, 1.0),
     ),
     "C": Look(
-        Camera((0.14, -1.05, 0.90), (0.01, 0.00, 0.05), 1.23),
+        Camera((0.17, -1.35, 1.18), (-0.047, 0.126, 0.06), 1.84),
         "diamonds", ((0.86, 0.82, 0.72), (0.77, 0.72, 0.62)), (0.20, 0.27, 0.34), (-0.10, -0.45, 1.0),
     ),
     "D": Look(
-        Camera((0.22, -0.98, 0.97), (0.02, -0.01, 0.05), 1.20),
-        "stripes", ((0.52, 0.60, 0.47), (0.44, 0.52, 0.40)), (0.33, 0.31, 0.22), (0.30, 0.20, 1.0),
+        Camera((0.24, -1.04, 1.32), (-0.054, 0.069, 0.06), 1.63),
+        "stripes", ((0.50, 0.62, 0.56), (0.40, 0.52, 0.47)), (0.46, 0.43, 0.38), (0.30, 0.20, 1.0),
     ),
 }  # fmt: skip
 
@@ -321,13 +321,13 @@ def _solids(state: State) -> Iterator[_Solids]:
                 yield _Solids(kind, rows, state.objects[rows, slot], half, yaw, colour, OBJECTS + slot)
     rows = np.arange(len(state))
     sideways = np.stack([np.cos(state.yaw), np.sin(state.yaw), np.zeros(len(rows))], 1)
-    spread = np.where(state.open, 0.062, np.where(state.held >= 0, 0.050, 0.010))[:, None]
+    spread = np.where(state.open, 0.066, np.where(state.held >= 0, 0.053, 0.010))[:, None]
     up = np.array([0.0, 0.0, 1.0])
     parts = [
-        (state.gripper + 0.028 * up - spread * sideways, (0.009, 0.014, 0.040), _FINGER),
-        (state.gripper + 0.028 * up + spread * sideways, (0.009, 0.014, 0.040), _FINGER),
-        (state.gripper + 0.080 * up, (0.078, 0.024, 0.012), _PALM),
-        (state.gripper + 0.122 * up, (0.030, 0.030, 0.030), _WRIST),
+        (state.gripper + 0.030 * up - spread * sideways, (0.010, 0.016, 0.042), _FINGER),
+        (state.gripper + 0.030 * up + spread * sideways, (0.010, 0.016, 0.042), _FINGER),
+        (state.gripper + 0.085 * up, (0.084, 0.026, 0.013), _PALM),
+        (state.gripper + 0.126 * up, (0.032, 0.032, 0.028), _WRIST),
     ]
     for centre, half, colour in parts:
         size, paint = np.broadcast_to(half, (len(rows), 3)), np.broadcast_to(colour, (len(rows), 3))

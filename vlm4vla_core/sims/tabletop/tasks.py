@@ -30,7 +30,7 @@ PUSH_ALONG, PUSH_ACROSS = 0.10, 0.07  # m, from where the object started
 TOUCH_DISTANCE = 0.06  # m, from the gripper's point to the object's centre
 LIFT_HEIGHT = 0.10  # m, of the held object above where it rests
 ROOM = 0.17  # m that a commanded motion has at least before the edge of the workspace
-_SPACING = 0.15  # m between the centres of objects at the start
+_SPACING = 0.16  # m between the centres of objects at the start
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _draw(rng: np.random.Generator, kind: np.ndarray, colours: np.ndarray, has_p
     xy = rng.uniform(low[:2] + 0.04, high[:2] - 0.04, size=(SLOTS, 2))
     objects[0, :, :2] = np.where(present[0][:, None], xy, -1.0)
     objects[..., 2] = np.where(present, world.rest_height(kind), -1.0)
-    gripper = rng.uniform([low[0], low[1], 0.10], [high[0], high[1], 0.34])[None]
+    gripper = rng.uniform([low[0], low[1], 0.08], high)[None]
     yaw, object_yaw = rng.uniform(-0.6, 0.6, size=1), rng.uniform(-np.pi / 4, np.pi / 4, size=(1, SLOTS))
     plate = rng.uniform(low[:2] + 0.06, high[:2] - 0.06)[None]
     for i in range(SLOTS):

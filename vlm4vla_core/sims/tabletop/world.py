@@ -22,19 +22,19 @@ from vlm4vla_core.errors import InputError
 SLOTS = 3  # object slots per world; an absent object has kind -1
 KINDS = ("cube", "ball", "cylinder")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
-HALF_EXTENTS = np.array([[0.040, 0.040, 0.040], [0.042, 0.042, 0.042], [0.038, 0.038, 0.042]])  # (kind, xyz)
-FOOTPRINT = 0.045  # radius of every object's disc; a cube's true outline is a little wider at its corners
-PLATE_RADIUS = 0.08
+HALF_EXTENTS = np.array([[0.043, 0.043, 0.043], [0.046, 0.046, 0.046], [0.042, 0.042, 0.046]])  # (kind, xyz)
+FOOTPRINT = 0.05  # radius of every object's disc; a cube's true outline is a little wider at its corners
+PLATE_RADIUS = 0.085
 
-WORKSPACE_LOW = np.array([-0.32, -0.26, 0.03])  # of the gripper's point, between its finger tips
-WORKSPACE_HIGH = np.array([0.32, 0.26, 0.36])
+WORKSPACE_LOW = np.array([-0.27, -0.27, 0.03])  # of the gripper's point, between its finger tips
+WORKSPACE_HIGH = np.array([0.27, 0.27, 0.32])
 RAIL = 0.03  # objects stay this close to the workspace, hence always within reach of a grasp
 YAW_LIMIT = 1.2
 MAX_STEP = 0.06  # longest translation of one action; a longer one is shortened, keeping its direction
 MAX_TURN = 0.3  # largest yaw change of one action
 SUBSTEPS = 4  # keeps a substep (15 mm) well below the contact distance, so that nothing is jumped over
 
-GRASP_XY, GRASP_Z = 0.045, 0.05  # an object this near to the gripper's point when it closes is held
+GRASP_XY, GRASP_Z = 0.045, 0.056  # an object this near to the gripper's point when it closes is held
 TIP = 0.01  # finger tips reach this far below the gripper's point
 FINGER = 0.02  # radius of the closed fingers
 CONTACT = FINGER + FOOTPRINT  # distance at which closed fingers touch an object
