@@ -1,0 +1,420 @@
+"""A VLM as the trunk of a policy: the unmodified headless model plus one learned vector, the action query.
+
+A reserved token stands in the prompt; a forward hook on the input embedding puts the query there, in fp32 and out
+of place. The model's own `forward` then splices the image, builds masks and multimodal positions and returns hidden
+states; no logits are ever computed for actions. Images travel as uint8 and are normalised and cut on the device.
+
+Trap: passing embeddings instead of token ids runs in every family and is silently wrong in six of thirteen (no
+multimodal positions). Ids always go in; `check_backbone` proves the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.families import FamilySpec, Geometry, family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TEXT_TOKENS = 512
+IGNORE = -100
+
+
+class Backbone(nn.Module):
+    """A headless VLM, its tokenizer and the action query.
+
+    base: what `AutoModel` gives. image_size: pixels per side of a square image. query: (n_queries, D) fp32.
+    padding: "right" (default) or "left"; the query stands right after the last real token either way.
+    lm_head: (V, D) output layer of an untied model, when it was loaded. lineage: where the weights come from.
+    """
+
+    base: Any
+    spec: FamilySpec
+    lm_head: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: FamilySpec,
+        image_size: int,
+        *,
+        n_queries: int = 1,
+        seed: int = 0,
+        padding: str = "right",
+        lm_head: Tensor | None = None,
+        lineage: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.base, self.tokenizer, self.spec, self.image_size, self.padding = base, tokenizer, spec, image_size, padding
+        self.geometry: Geometry = spec.geometry(base.config, image_size)
+        self.lineage = dict(lineage or {})
+        self.image_id, self.query_id, self.end_id = (
+            _token_id(tokenizer, token) for token in (spec.image_token, spec.query_token, spec.answer_end)
+        )
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
+        words = base.get_submodule(spec.embeddings)
+        if max(self.image_id, self.query_id) >= words.num_embeddings:
+            raise InputError(f"the query token's id {self.query_id} lies outside the {words.num_embeddings} word rows")
+        # As long as a typical word, so that the first layer's norm sees nothing unusual; drawn apart from all else.
+        scale = words.weight.detach().float().pow(2).mean().sqrt()
+        noise = torch.randn(n_queries, words.embedding_dim, generator=torch.Generator().manual_seed(seed + 7919))
+        self.query = nn.Parameter((noise * scale.cpu()).to(words.weight.device))
+        self.lm_head = None if lm_head is None else nn.Parameter(lm_head)
+        words.register_forward_hook(self._put_query)
+        self._encode = lru_cache(maxsize=4096)(self._encode_text)
+        self._positions: dict[bytes, Tensor] = {}
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the hidden states."""
+        return int(self.query.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.query.device
+
+    def _put_query(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        ids = args[0]
+        if ids.dim() != 2:  # look-ups of a single placeholder id pass here too
+            return out
+        hit = ids == self.query_id
+        number = (hit.cumsum(1) - 1).clamp(0, len(self.query) - 1)
+        return torch.where(hit[..., None], self.query.to(out.dtype)[number], out)  # (B, L, D)
+
+    # --- from images and text to a batch
+
+    def _encode_text(self, text: str, question: str) -> tuple[int, ...]:
+        """Token ids of the prompt that asks `question` (a format) about `text`. Raises InputError on bad text."""
+        if not text.strip():
+            raise InputError("empty instruction", fix="every image needs a text")
+        own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if reserved := sorted(set(own) & set(self.tokenizer.all_special_ids)):
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(reserved))
+            raise InputError(f"the text contains reserved tokens ({names})", where=text[:80], fix="remove them")
+        if len(own) > MAX_TEXT_TOKENS:
+            raise InputError(f"a text of {len(own)} tokens, at most {MAX_TEXT_TOKENS} are allowed", where=text[:80])
+        image = self.spec.image_token * self.geometry.tokens
+        prompt = self.spec.prompt.replace("{image}", image).replace("{text}", question.replace("{instruction}", text))
+        return tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+    def collate(self, images: np.ndarray, texts: Sequence[str], *, query: bool = True) -> dict[str, Tensor]:
+        """Make a batch on the CPU from uint8 images (B, H, W, 3) and B texts.
+
+        query=True: the texts are instructions, put into the family's action question and followed by the query.
+        query=False: the texts are asked as they are, without a query. Images of another size are resized.
+        Returns input_ids, attention_mask, position_ids, images and the family's extra inputs.
+        Raises InputError on wrong images, on counts that differ, and on empty, overlong or reserved texts.
+        """
+        question = self.spec.action_question if query else "{instruction}"
+        tail = [self.query_id] * len(self.query) if query else []
+        rows = [[*self._encode(text, question), *tail] for text in texts]
+        return self._batch(images, rows)
+
+    def collate_answers(
+        self, images: np.ndarray, questions: Sequence[str], answers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """As `collate`, with each answer appended and `labels` (B, L), IGNORE outside the answers."""
+        if len(questions) != len(answers):
+            raise InputError(f"{len(questions)} questions but {len(answers)} answers")
+        rows, labels = [], []
+        for question, answer in zip(questions, answers, strict=True):
+            prompt = list(self._encode(question, "{instruction}"))
+            tail = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end_id]
+            rows.append(prompt + tail)
+            labels.append([IGNORE] * len(prompt) + tail)
+        batch = self._batch(images, rows)
+        batch["labels"] = self._pad(labels, IGNORE)
+        return batch
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        width = max(map(len, rows))
+        out = torch.full((len(rows), width), value)
+        for index, row in enumerate(rows):
+            start = width - len(row) if self.padding == "left" else 0
+            out[index, start : start + len(row)] = torch.tensor(row)
+        return out
+
+    def _batch(self, images: np.ndarray, rows: list[list[int]]) -> dict[str, Tensor]:
+        from vlm4vla_core import images as pictures
+
+        if len(images) != len(rows) or not rows:
+            raise InputError(f"{len(images)} images for {len(rows)} texts", fix="give one image for each text")
+        try:
+            pixels = pictures.resize(np.asarray(images), self.image_size)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        ids = self._pad(rows, self.pad_id)
+        mask = self._pad([[1] * len(row) for row in rows], 0)
+        batch = {"input_ids": ids, "attention_mask": mask, **self.spec.token_inputs(ids, self.image_id)}
+        batch["position_ids"] = self._position_ids(batch)
+        batch["images"] = torch.from_numpy(np.ascontiguousarray(pixels))
+        return batch
+
+    def _position_ids(self, batch: dict[str, Tensor]) -> Tensor:
+        """Multimodal positions (3, B, L) from the model's own rule, once per layout of text, image and padding.
+
+        The rule loops over the batch with host synchronisation, so it runs here and never inside `forward`.
+        """
+        keys = [
+            types.numpy().tobytes() + mask.numpy().tobytes()
+            for types, mask in zip(batch["mm_token_type_ids"], batch["attention_mask"], strict=True)
+        ]
+        for index, key in enumerate(keys):
+            if key not in self._positions:
+                if len(self._positions) > 4096:
+                    self._positions.clear()
+                one = slice(index, index + 1)
+                self._positions[key] = self.base.get_rope_index(
+                    batch["input_ids"][one],
+                    mm_token_type_ids=batch["mm_token_type_ids"][one],
+                    image_grid_thw=torch.tensor([[1, self.geometry.grid, self.geometry.grid]]),
+                    attention_mask=batch["attention_mask"][one],
+                )[0]  # (3, 1, L)
+        return torch.cat([self._positions[key] for key in keys], dim=1)
+
+    # --- forward
+
+    def pixels(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, H, W, 3) on any device -> the family's normalised and cut pixel inputs, in fp32."""
+        mean = torch.tensor(self.spec.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.spec.std, device=images.device).view(1, 3, 1, 1)
+        x = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std  # (B, 3, H, W)
+        return self.spec.pixel_inputs(x, self.geometry)
+
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """Last hidden states (B, L, D) of a collated batch, after the last norm.
+
+        Raises ValueError when an input is missing that the family would silently do without.
+        """
+        needed = ("input_ids", "attention_mask", "position_ids", *self.spec.extra_inputs)
+        if missing := [name for name in needed if name not in batch]:
+            raise ValueError(f"{self.spec.name} needs {', '.join(missing)} in the batch and would be wrong without")
+        inputs = {name: batch[name].to(self.device) for name in batch if name not in ("images", "labels")}
+        if "pixel_values" not in inputs:
+            inputs |= self.pixels(batch["images"].to(self.device))
+        return self.base(**inputs, use_cache=False).last_hidden_state
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Hidden states at the action queries: (B, n_queries, D), in the base's dtype."""
+        hit = batch["input_ids"] == self.query_id  # (B, L), compared on the CPU: no host synchronisation
+        if not bool((hit.sum(1) == len(self.query)).all()):
+            raise ValueError(f"every prompt must hold {len(self.query)} action queries; collate with query=True")
+        where = hit.nonzero(as_tuple=True)
+        states = self.hidden(batch)
+        return states[where[0].to(states.device), where[1].to(states.device)].view(len(hit), len(self.query), -1)
+
+    def answer_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (n, V) that predict the n answer tokens of a batch from `collate_answers`, and those tokens (n,).
+
+        Only these positions meet the output layer. Raises InputError when it is untied and was not loaded.
+        """
+        weight = self.base.get_submodule(self.spec.embeddings).weight if self.lm_head is None else self.lm_head
+        if self.lm_head is None and not self.base.config.tie_word_embeddings:
+            raise InputError(
+                "this model's output layer is not tied to its word embeddings and was not loaded",
+                fix="load_backbone(path, language_head=True)",
+            )
+        row, column = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
+        states = self.hidden(batch)
+        picked = states[row.to(states.device), column.to(states.device) - 1]  # the token before predicts
+        return picked.float() @ weight.float().T, batch["labels"][row, column].to(states.device)
+
+    def language_loss(self, images: np.ndarray, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Next-token loss on the answers: a scalar, mean cross-entropy (nats) over all answer tokens."""
+        logits, targets = self.answer_logits(self.collate_answers(images, questions, answers))
+        return nn.functional.cross_entropy(logits, targets)
+
+    # --- what probes look at
+
+    def vision_features(self, images: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """Features of the vision tower, in raster order, in the base's dtype; gradients flow unless switched off.
+
+        images: uint8 (B, H, W, 3). Returns "vision.0"… (B, grid², C), the output of each block, and "projector"
+        (B, tokens, D), the image tokens that the decoder reads.
+        """
+        from vlm4vla_core import images as pictures
+
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(np.ascontiguousarray(pictures.resize(images, self.image_size)))
+        blocks = self.base.get_submodule(self.spec.blocks)
+        taps = {f"vision.{index}": block for index, block in enumerate(blocks)}
+        taps["projector"] = self.base.get_submodule(self.spec.projector)
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                seen[name] = out[0] if isinstance(out, tuple) else out
+
+            return hook
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in taps.items()]
+        try:
+            self.base.get_image_features(**self.pixels(images.to(self.device)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        out = {}
+        for name in taps:
+            flat = seen[name].reshape(len(images), -1, seen[name].shape[-1])  # (B, n, C)
+            out[name] = self.spec.raster(flat, self.geometry, name == "projector")
+        return out
+
+    def groups(self) -> dict[str, str]:
+        """Parameter name -> module group: "vision.embed", "vision.0"…, "projector", "embeddings", "decoder.0"…,
+        "decoder.norm", "lm_head", "query". Every parameter of this module is in exactly one group."""
+        return {name: self._group(name) for name, _ in self.named_parameters()}
+
+    def _group(self, name: str) -> str:
+        if name in ("query", "lm_head"):
+            return name
+        path, spec = name.removeprefix("base."), self.spec
+        single = {spec.patch_embed: "vision.embed", spec.projector: "projector"}
+        single |= {spec.embeddings: "embeddings", spec.norm: "decoder.norm"}
+        for module, group in single.items():
+            if path.startswith(module + "."):
+                return group
+        for module, part in ((spec.blocks, "vision"), (spec.layers, "decoder")):
+            if path.startswith(module + "."):
+                return f"{part}.{path.removeprefix(module + '.').split('.')[0]}"
+        raise ValueError(f"parameter {name} belongs to no module group of {spec.name}")
+
+    # --- saving
+
+    def describe(self) -> dict[str, Any]:
+        """What is needed, besides weights and tokenizer, to build this backbone again (JSON values)."""
+        config = self.base.config.to_dict()
+        config.pop("_name_or_path", None)  # a machine's path
+        config.pop("transformers_version", None)
+        return {
+            "family": self.spec.name,
+            "image_size": self.image_size,
+            "n_queries": len(self.query),
+            "padding": self.padding,
+            "untied_head": self.lm_head is not None,
+            "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
+            "attention": self.base.config._attn_implementation,
+            "lineage": self.lineage,
+            "model": config,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint folder of this backbone alone (see `vlm4vla_core.checkpoint`)."""
+        from vlm4vla_core import checkpoint
+
+        checkpoint.save(Path(folder), self)
+
+    @staticmethod
+    def load(folder: Path, device: str = "cpu") -> Backbone:
+        """Read the backbone of a checkpoint or run folder, of a policy too. Raises InputError as `checkpoint.load`."""
+        from vlm4vla_core import checkpoint
+
+        return checkpoint.load_backbone(Path(folder), device)
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    index: Any = tokenizer.convert_tokens_to_ids(token)
+    if index is None or index == tokenizer.unk_token_id:
+        raise InputError(f"the tokenizer has no token '{token}'", fix="use the tokenizer that belongs to the model")
+    return int(index)
+
+
+# --- making backbones -----------------------------------------------------------------------------------
+
+
+def tiny(name: str = "qwen2_5_vl", *, seed: int = 0, image_size: int = 112) -> Backbone:
+    """A tiny, randomly initialised member of a family's real class, with an offline tokenizer, on the CPU in fp32.
+
+    The same seed gives the same weights; torch's global random state is left alone. Raises InputError on an
+    unknown family.
+    """
+    from vlm4vla_core.tiny import tiny_base, tiny_tokenizer
+
+    spec, tokenizer = family(name), tiny_tokenizer()
+    lineage = {"source": f"tiny {name}", "init": "scratch", "init_seed": seed}
+    return Backbone(tiny_base(spec, tokenizer, seed), tokenizer, spec, image_size, seed=seed, lineage=lineage).eval()
+
+
+def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Backbone:
+    """The backbone of a `describe` value; its weights are drawn from `seed`, or left to be filled in when None."""
+    from transformers import AutoConfig, AutoModel
+
+    spec = family(description["family"])
+    config = AutoConfig.for_model(**description["model"])
+    dtype = getattr(torch, description["dtype"])
+    with torch.random.fork_rng(devices=[]), nullcontext() if seed is not None else _without_init():
+        torch.manual_seed(seed or 0)
+        base = AutoModel.from_config(config, attn_implementation=description["attention"], dtype=dtype)
+    if seed is not None and description["lineage"].get("source", "").startswith("tiny "):
+        from vlm4vla_core.tiny import initialise
+
+        initialise(base, spec, torch.Generator().manual_seed(seed))
+    head = None
+    if description["untied_head"]:
+        head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
+    return Backbone(
+        base,
+        tokenizer,
+        spec,
+        description["image_size"],
+        n_queries=description["n_queries"],
+        seed=seed or 0,
+        padding=description["padding"],
+        lm_head=head,
+        lineage=description["lineage"],
+    ).eval()
+
+
+def _without_init() -> Any:
+    """Skip drawing weights that are filled in next; a saving of time only, so it may be absent."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        return nullcontext()
+    return no_init_weights()
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    init: str = "pretrained",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    attn: str | None = None,
+    image_size: int | None = None,
+    language_head: bool = False,
+) -> Backbone:
+    """Load a VLM as a backbone: a Hugging Face folder or hub id, or a checkpoint or run folder of this project.
+
+    init: "pretrained", or "scratch" to draw all weights anew by the library's default, from `seed` (recorded).
+    dtype: of the base; fp32 when left out (master weights). attn: attention implementation; the family's choice when
+    left out. image_size: pixels per side; the family's (or the checkpoint's) when left out. language_head: also load
+    an untied output layer, for `language_loss`.
+    Raises InputError when the path cannot be had (offline, gated, missing shard), the family is unknown, a weight is
+    missing or left over, or a weight is not finite.
+    """
+    from vlm4vla_core import checkpoint
+    from vlm4vla_core.hub import read_base
+
+    if init not in ("pretrained", "scratch"):
+        raise InputError(f"unknown init '{init}'", fix="use 'pretrained' or 'scratch'")
+    if checkpoint.looks_like_one(Path(path)):
+        return checkpoint.reload(Path(path), init=init, seed=seed, dtype=dtype, image_size=image_size)
+    base, tokenizer, spec, head = read_base(
+        str(path), family_of, init=init, seed=seed, dtype=dtype, attn=attn, language_head=language_head
+    )
+    lineage = {"source": Path(path).name, "init": init, "init_seed": seed if init == "scratch" else None}
+    return Backbone(
+        base, tokenizer, spec, image_size or spec.image_size, seed=seed, lm_head=head, lineage=lineage
+    ).eval()

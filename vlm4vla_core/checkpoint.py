@@ -1,0 +1,262 @@
+"""Checkpoints: folders that are whole or absent, hold no pickle, and resume a run exactly.
+
+`model.safetensors` (weights, named `backbone.…` and, for a policy, `head.…`), `config.json` (how to build the
+model), the tokenizer's files, and in a run `train_state.safetensors` with `train_state.json` (optimizer, step,
+seed). The manifest comes last: a folder without one is no checkpoint.
+
+Trap: "the newest checkpoint of a run" means the newest *whole* one; a folder cut short by a kill is never taken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm4vla_core import folders
+from vlm4vla_core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm4vla_core.backbone import Backbone
+    from vlm4vla_core.policy import VLAPolicy
+
+KIND = "checkpoint"
+WEIGHTS, CONFIG, STATE, STATE_FACTS = "model.safetensors", "config.json", "train_state.safetensors", "train_state.json"
+
+
+# --- finding (no torch needed) --------------------------------------------------------------------------
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of a step."""
+    return Path(run) / "checkpoints" / f"step-{step:06d}"
+
+
+def complete(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    whole = []
+    for folder in sorted((Path(run) / "checkpoints").glob("step-*")):
+        try:
+            folders.read_manifest(folder, KIND)
+        except InputError:
+            continue
+        whole.append(folder)
+    return whole
+
+
+def looks_like_one(path: Path) -> bool:
+    """True for a folder that is, or holds, a checkpoint of this project (whole or not)."""
+    manifest = path / folders.MANIFEST
+    return (path / "checkpoints").is_dir() or ((path / CONFIG).is_file() and (manifest.is_file() or _ours(path)))
+
+
+def _ours(path: Path) -> bool:
+    try:
+        return "backbone" in folders.read_json(path / CONFIG)
+    except InputError:
+        return False
+
+
+def resolve(path: Path | str) -> Path:
+    """The checkpoint folder meant by `path`: itself, or a run's newest whole checkpoint.
+
+    Raises InputError when there is none, or it is damaged or foreign.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError("no such checkpoint or run", where=path)
+    if (path / "checkpoints").is_dir():
+        whole = complete(path)
+        if not whole:
+            raise InputError("this run has no whole checkpoint yet", where=path, fix="issue the training command again")
+        return whole[-1]
+    folders.read_manifest(path, KIND, fix="give a checkpoint or run folder made by `vlm4vla train`")
+    return path
+
+
+def row_labels(folder: Path) -> dict[str, Any]:
+    """What a checkpoint contributes to every result row: run_id, model, family, lineage, params_b, init, freeze, aux,
+    train_seed, step, note (see `results.EPISODE_COLUMNS`)."""
+    manifest = folders.read_manifest(folder, KIND)
+    facts, lineage = manifest["facts"], manifest["facts"]["lineage"]
+    return {
+        "run_id": manifest["fingerprint"],
+        "model": lineage["source"],
+        "family": facts["family"],
+        "lineage": facts["family"],
+        "params_b": round(facts["parameters"] / 1e9, 6),
+        "init": lineage["init"],
+        "freeze": "+".join(manifest["config"].get("freeze", [])) or "none",
+        "aux": "+".join(lineage.get("stages", [])) or "none",
+        "train_seed": manifest["config"].get("seed"),
+        "step": manifest.get("step"),
+        "note": "tiny random model" if lineage["source"].startswith("tiny ") else None,
+    }
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    model: VLAPolicy | Backbone,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    step: int | None = None,
+    config: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder that appears whole or not at all.
+
+    optimizer, step: the training state, for an exact resume. config, inputs: the run's settings and the
+    fingerprints of its data. metrics: measured values to keep in the manifest.
+    """
+    from safetensors.torch import save_file
+
+    policy = None if _is_backbone(model) else model
+    backbone: Any = model if policy is None else model.backbone
+    prefix = "backbone." if policy is None else ""
+    weights = {prefix + name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
+    description = {"backbone": backbone.describe(), "policy": None if policy is None else policy.config.to_dict()}
+    facts = {
+        "family": backbone.spec.name,
+        "policy": policy is not None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "lineage": backbone.lineage,
+    }
+    with folders.new_folder(folder) as temporary:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        folders.write_json(temporary / CONFIG, description)
+        backbone.tokenizer.save_pretrained(temporary)
+        if optimizer is not None:
+            save_file(_optimizer_tensors(model, optimizer), temporary / STATE)
+            folders.write_json(temporary / STATE_FACTS, {"step": step, "seed": (config or {}).get("seed")})
+        folders.write_manifest(
+            temporary, KIND, config=config or {}, inputs=inputs or {}, step=step, facts=facts, metrics=metrics or {}
+        )
+
+
+def _is_backbone(model: Any) -> bool:
+    return not hasattr(model, "head")
+
+
+def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as named tensors, such as `exp_avg/backbone.query`."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().contiguous().cpu()
+    return tensors
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+def load_policy(path: Path, device: str = "cpu") -> VLAPolicy:
+    """The policy of a checkpoint or run folder, in eval mode.
+
+    Raises InputError when it is damaged or foreign, or holds a backbone without a head.
+    """
+    from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+
+    folder, description = _describe(path)
+    if description["policy"] is None:
+        raise InputError(
+            "this checkpoint is a backbone without a policy head",
+            where=folder,
+            fix="train it with --objective action, or give a policy's checkpoint",
+        )
+    policy = VLAPolicy(_build(folder, description), PolicyConfig.from_dict(description["policy"]))
+    _fill(policy, folder)
+    return policy.to(device).eval()
+
+
+def load_backbone(path: Path, device: str = "cpu") -> Backbone:
+    """The backbone of a checkpoint or run folder, of a policy too, in eval mode. Raises InputError as `load_policy`."""
+    folder, description = _describe(path)
+    backbone = _build(folder, description)
+    _fill(backbone, folder, "backbone.")
+    return backbone.to(device).eval()
+
+
+def reload(path: Path, *, init: str, seed: int, dtype: torch.dtype | None, image_size: int | None) -> Backbone:
+    """`load_backbone` with some of its settings changed; init="scratch" draws the base's weights anew."""
+    folder, description = _describe(path)
+    changed = dict(description["backbone"])
+    if image_size is not None:
+        changed["image_size"] = image_size
+    if dtype is not None:
+        changed["dtype"] = str(dtype).removeprefix("torch.")
+    if init == "pretrained":
+        backbone = _build(folder, {**description, "backbone": changed})
+        _fill(backbone, folder, "backbone.")
+        return backbone
+    changed["lineage"] = {**changed["lineage"], "init": "scratch", "init_seed": seed, "stages": []}
+    return _build(folder, {**description, "backbone": changed}, seed)
+
+
+def _describe(path: Path) -> tuple[Path, dict[str, Any]]:
+    folder = resolve(path)
+    description = folders.read_json(folder / CONFIG)
+    if not isinstance(description, dict) or not {"backbone", "policy"} <= set(description):
+        raise InputError("config.json does not describe a model of this project", where=folder)
+    return folder, description
+
+
+def _build(folder: Path, description: dict[str, Any], seed: int | None = None) -> Backbone:
+    from transformers import AutoTokenizer
+
+    from vlm4vla_core.backbone import rebuild
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return rebuild(description["backbone"], tokenizer, seed)
+    except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the model cannot be built ({reason})", where=folder, fix="use another checkpoint") from None
+
+
+def _fill(model: torch.nn.Module, folder: Path, prefix: str = "") -> None:
+    """Fill every weight of `model` from the checkpoint's, and nothing else."""
+    from vlm4vla_core.hub import check_finite
+
+    weights = read_tensors(folder / WEIGHTS)
+    wanted = {prefix + name: name for name in model.state_dict()}
+    if missing := sorted(set(wanted) - set(weights)):
+        raise InputError(f"{len(missing)} weights missing: {', '.join(missing[:4])}", where=folder / WEIGHTS)
+    left = sorted(name for name in weights if name not in wanted and name.startswith(prefix))
+    if left:
+        raise InputError(f"{len(left)} weights left over: {', '.join(left[:4])}", where=folder / WEIGHTS)
+    try:
+        model.load_state_dict({name: weights[key] for key, name in wanted.items()})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"weights do not fit the model ({reason})", where=folder / WEIGHTS) from None
+    check_finite(model, folder / WEIGHTS)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises InputError when it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"not a whole safetensors file ({error})", where=path, fix="use an earlier checkpoint"
+        ) from None
+
+
+def restore_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Fill the optimizer's state from a checkpoint; returns the step. Raises InputError when it holds none."""
+    if not (folder / STATE).is_file():
+        raise InputError("this checkpoint holds no training state to resume from", where=folder)
+    tensors = read_tensors(folder / STATE)
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        key, parameter = name.split("/", 1)
+        optimizer.state[parameters[parameter]][key] = value
+    return int(folders.read_json(folder / STATE_FACTS)["step"])

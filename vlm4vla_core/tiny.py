@@ -1,0 +1,101 @@
+"""Tiny, randomly initialised members of the real model classes, with a tokenizer made in code: nothing is downloaded.
+
+They are what the tests and the built-in demonstration run on. Everything is a function of the seed, and torch's
+global random state is left as it was.
+
+Trap: a tiny model knows nothing of images or language. What it shows is that the machinery works, never how good
+a family is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from vlm4vla_core.families import SPECIAL_TOKENS, FamilySpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+# The fixed text of every prompt is a handful of tokens, so that a training step pays for the instruction only.
+_PHRASES = (
+    "system\nYou are a helpful assistant.",
+    "user\n",
+    "assistant\n",
+    "What action should the robotic arm take to",
+)
+_WORDS = """
+a along an and are arm at away axis back backward ball behind between beside block blue board bowl box burner by can
+carrot center close closed closer closest cloth colour color container corner counter cube cup cyan cylinder do does
+door down drawer edge far farther faucet flip fold for forward fork from front fruit gray green grey grip gripper half
+hand handle hold holding in inside into is it knife knob left lever lid lift lower lowest magenta me microwave middle
+move near nearest no object of off on open orange oven over pan pick pink place plate position pot pull purple push put
+reach red release remove right robot rotate side sink slide slightly small spatula spoon stack stove sweep table take
+tap the this to top touch towards tower towel toy tray turn up upper upright vessel what where which white with yellow
+yes you high higher highest low medium large big bottom
+"""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 600 entries: bytes, common words of manipulation, Qwen's special tokens.
+
+    A listed word is one token, with or without the blank before it; any other text falls back to bytes, so
+    every text can be encoded and decoded. There are no merges to train, so it is the same everywhere.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [blank + word for word in sorted(set(_WORDS.split())) for blank in ("", "Ġ") if len(blank + word) > 1]
+    words += ["ĊĊ", "What", "Where", "Which", "Is", "ĠWhat", "ĠWhere", "ĠWhich", "ĠIs"]
+    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet, *words])}
+    # Whole words are looked up before any merge is tried (ignore_merges), and there are no merges: words or bytes.
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    core.add_tokens([AddedToken(phrase, normalized=False) for phrase in _PHRASES])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_base(spec: FamilySpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+    """The headless base of a tiny member of `spec`'s real class, on the CPU in fp32, initialised from `seed`."""
+    import torch
+    from transformers import AutoModel
+
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = spec.tiny_config({**ids, "vocab": len(tokenizer)})
+    with torch.random.fork_rng(devices=[]):  # the library's own initialisation draws from the global state
+        base = AutoModel.from_config(config, attn_implementation=spec.attention, dtype=torch.float32)
+    initialise(base, spec, torch.Generator().manual_seed(seed))
+    return base.eval()
+
+
+def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
+    """Draw every weight anew, scaled so that a model of this size learns within minutes.
+
+    Fan-in scaling everywhere, 0.4 of it where a block writes into the residual stream; word embeddings with
+    std 0.5, so that a word's identity survives the first attention layer; the last norm at 0.15, which keeps tied
+    logits near 1. The library's 0.02 is made for widths of thousands.
+    """
+    import torch
+    from torch import nn
+
+    embedding = base.get_submodule(spec.embeddings)
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d | nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                into_residual = name.endswith(("o_proj", "down_proj", "attn.proj"))
+                module.weight.normal_(std=(0.4 if into_residual else 1.0) / math.sqrt(fan_in), generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        embedding.weight.normal_(std=0.5, generator=generator)
+        base.get_submodule(spec.norm).weight.fill_(0.15)
