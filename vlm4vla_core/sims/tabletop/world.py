@@ -19,6 +19,7 @@ import numpy as np
 
 from vlm4vla_core.errors import InputError
 
+VERSION = 0  # raise it with every change to scenes, physics, expert or looks: stores recorded before become stale
 SLOTS = 3  # object slots per world; an absent object has kind -1
 KINDS = ("cube", "ball", "cylinder")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
