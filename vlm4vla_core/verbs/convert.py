@@ -76,7 +76,7 @@ def run(args: Args) -> None:
         manifest = folders.read_json(args.out / "dataset.json")
         wanted = ("source", "transform", "counts", "cameras", "account", "fingerprint")
         folders.write_json(
-            args.json, {"store": args.out, **{key: manifest[key] for key in wanted}, "frames_per_s": rate}
+            args.json, {"store": args.out, **{key: manifest.get(key) for key in wanted}, "frames_per_s": rate}
         )
 
 

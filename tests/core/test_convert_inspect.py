@@ -1,0 +1,206 @@
+"""`vlm4vla convert` and `vlm4vla inspect` as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tfds_bytes import bridge_episode, jpeg, write_tfds
+
+from vlm4vla_core.actions import BRIDGE
+from vlm4vla_core.cli import main
+from vlm4vla_core.episodes.store import Episode, EpisodeStore, write_store
+from vlm4vla_core.episodes.summary import contact_sheet, summarise
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_tfds(tmp_path / "mini" / "1.0.0", {"train": [[bridge_episode(n, steps=6) for n in range(3)]]})
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1, text
+    return text
+
+
+def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "store"
+    command = ["convert", "rlds", str(source.parent), "--out", str(out)]
+    assert main([*command, "--json", str(tmp_path / "c.json")]) == 0
+    text = capsys.readouterr().out
+    assert "3 episodes, 12 steps, 2 instructions, cameras image_0 (" in text
+    assert "black everywhere and left out: image_1" in text
+    told = json.loads((tmp_path / "c.json").read_text())
+    assert told["counts"] == {"episodes": 3, "steps": 12, "instructions": 2}
+    assert told["account"]["black_cameras"] == ["image_1"]
+
+    before = (out / "dataset.json").stat().st_mtime_ns
+    assert main([*command, "--json", str(tmp_path / "again.json")]) == 0
+    assert capsys.readouterr().out == f"{out} is up to date\n"
+    assert (out / "dataset.json").stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert {**told, "frames_per_s": None} == again
+
+    assert main([*command, "--size", "16"]) == 0  # another size: made anew, over the old one
+    assert "is up to date" not in capsys.readouterr().out
+    store = EpisodeStore.open(out)
+    assert store.images("image_0", [0]).shape == (1, 16, 16, 3)
+    write_tfds(source, {"train": [[bridge_episode(7, steps=6)]]})
+    assert main([*command, "--size", "16"]) == 0  # other content: made anew
+    assert len(EpisodeStore.open(out)) == 4
+
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "i.json")]) == 0
+    text = capsys.readouterr().out
+    assert "episodes  1 (1 train)" in text
+    assert "do thing 1" in text
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.format == "PNG"
+    report = json.loads((tmp_path / "i.json").read_text())
+    assert report["steps"] == 4
+    assert len(report["dimensions"]) == 14
+
+
+def test_transform_and_cameras_can_be_chosen(source: Path, tmp_path: Path):
+    out = tmp_path / "raw"
+    command = ["convert", "rlds", str(source), "--out", str(out), "--transform", "none", "--cameras", "image_0"]
+    assert main(command) == 0
+    np.testing.assert_array_equal(EpisodeStore.open(out).action[:6], bridge_episode(0, steps=6)["steps/action"])
+
+
+def fails(capsys: pytest.CaptureFixture[str], out: Path, source: Path, *more: str) -> str:
+    """The command is refused with exit code 2 and one line; nothing is left beside the source."""
+    before = sorted(out.parent.iterdir())
+    assert main(["convert", "rlds", str(source), "--out", str(out), *more]) == 2
+    assert sorted(out.parent.iterdir()) == before
+    return one_line(capsys)
+
+
+def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "store"
+    assert "no such folder" in fails(capsys, out, tmp_path / "gone")
+    assert "no camera 'top'" in fails(capsys, out, source, "--cameras", "top")
+    assert "no split 'dev'" in fails(capsys, out, source, "--split", "dev")
+    assert "--size 0" in fails(capsys, out, source, "--size", "0")
+    assert "black" in fails(capsys, out, source, "--cameras", "image_1")
+
+    shard = source / "mini-train.tfrecord-00000-of-00001"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-10])
+    line = fails(capsys, out, source)
+    assert "cut short" in line
+    assert f"{shard}, record 2" in line
+    shard.write_bytes(data[:100] + bytes([data[100] ^ 255]) + data[101:])
+    line = fails(capsys, out, source)
+    assert "CRC mismatch" in line
+    assert f"{shard}, record 0" in line
+
+    action = bridge_episode(1)["steps/action"]
+    action[3, 4] = np.nan
+    write_tfds(source, {"train": [[bridge_episode(0), bridge_episode(1, action=action)]]})
+    line = fails(capsys, out, source)
+    assert "NaN in dimension 4 (pitch)" in line
+    assert f"{shard}, record 1, step 3" in line
+
+    write_tfds(source, {"train": [[bridge_episode(0, language_instruction=[b""] * 4)]]})
+    line = fails(capsys, out, source)
+    assert "no episodes to convert" in line
+    assert "1 episodes without language" in line
+
+
+def test_a_failed_conversion_keeps_the_old_store(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "store"
+    assert main(["convert", "rlds", str(source), "--out", str(out)]) == 0
+    action = bridge_episode(1)["steps/action"]
+    action[0, 0] = np.inf
+    write_tfds(source, {"train": [[bridge_episode(0), bridge_episode(1, action=action)]]})
+    fails(capsys, out, source)
+    assert len(EpisodeStore.open(out)) == 12
+
+
+def test_inspect_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(tmp_path / "gone")]) == 2
+    assert "no such folder" in one_line(capsys)
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", str(tmp_path / "empty")]) == 2
+    assert "no dataset.json" in one_line(capsys)
+
+
+# --- summary --------------------------------------------------------------------------------------------
+
+
+def store_of(folder: Path, episodes: list[Episode]) -> EpisodeStore:
+    return write_store(
+        folder, episodes, source="made", convention=BRIDGE, state_names=BRIDGE.names, config={}, inputs={}
+    )
+
+
+def episode(seed: int, **change) -> Episode:
+    rng = np.random.default_rng(seed)
+    action = rng.normal(size=(50, 7)).astype(np.float32)
+    action[:, 6] = np.arange(50) % 2
+    parts = {"instruction": f"do thing {seed % 6} " + "very " * 40 * (seed == 2) + "well", "action": action}
+    parts |= {"images": {"front": [jpeg(10 + seed)] * 50, "side": [jpeg(90, 16)] * 50}}
+    return Episode(**(parts | {"state": rng.normal(size=(50, 7))} | change))
+
+
+def test_summary_numbers(tmp_path: Path):
+    store = store_of(tmp_path / "s", [episode(n) for n in range(4)])
+    summary = summarise(store)
+    assert summary.warnings == ()
+    frame = summary.to_frame().set_index(["kind", "name"])
+    x = store.action[:, 0].astype(np.float64)
+    low, high = np.percentile(x, [1, 99])
+    row = frame.loc[("action", "x")]
+    np.testing.assert_allclose(
+        row[["min", "q01", "mean", "q99", "max", "outside"]].astype(float),
+        [x.min(), low, x.mean(), high, x.max(), np.mean((x < low) | (x > high))],
+        rtol=1e-6,
+    )
+    assert row["outside"] == 0.02  # 2 + 2 of 200
+    assert row["unit"] == "m"
+    assert (summary.episodes, summary.steps, summary.lengths) == (4, 200, (50, 50, 50))
+    assert summary.cameras == {"front": (8, 8), "side": (16, 16)}
+
+
+def test_warnings(tmp_path: Path):
+    still = episode(0).action.copy()
+    still[:, 3], still[:, 6] = 0.25, 1
+    black = {"front": [jpeg(0)] * 50, "side": [jpeg(90, 16)] * 50}
+    bad = [episode(n, action=still, images=black, state=np.full((50, 7), float(n > 1))) for n in range(3)]
+    bad[2] = episode(2, action=still, images=black, state=np.ones((50, 7)), instruction="")
+    found = "\n".join(summarise(store_of(tmp_path / "s", bad)).warnings)
+    assert "camera front is black" in found
+    assert "side" not in found
+    assert "action dimension roll is constant (0.25)" in found
+    assert "gripper command never changes" in found
+    assert "1 of 3 episodes have no instruction" in found
+    assert "1 episodes repeat another one" in found
+
+
+def test_contact_sheet_shows_the_images(tmp_path: Path):
+    store = store_of(tmp_path / "s", [episode(n, images={"front": [jpeg(40 * n + 20)] * 50}) for n in range(6)])
+    sheet = contact_sheet(store, "front", episodes=3, frames=2, cell=32)
+    assert sheet.dtype == np.uint8
+    grey = sheet[..., 0]
+    for value in (20, 100, 220):  # episodes 0, 2 and 5, spread over six instructions
+        assert (np.abs(grey.astype(int) - value) <= 2).sum() >= 2 * 32 * 32 * 0.95
+
+
+@pytest.mark.samples
+def test_bridge_sample_through_both_verbs(samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "store"
+    assert main(["convert", "rlds", str(samples / "bridge_rlds_octo"), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "25 episodes, 200 steps, 4 instructions, cameras image_0, image_1, image_2 (" in text
+    assert "25 episodes of split 'val' repeat an earlier split" in text
+    assert main(["inspect", str(out), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert "nothing looks wrong" in capsys.readouterr().out
+    store = EpisodeStore.open(out)
+    expected = np.load(samples / "bridge_rlds_octo" / "openvla_bridge_orig_expected.npz")
+    np.testing.assert_array_equal(store.action, np.concatenate([expected[f"action_{n:02d}"] for n in range(25)]))
+    assert store.images("image_2", np.arange(200)).std() > 20
