@@ -115,7 +115,7 @@ def save(
     """
     from safetensors.torch import save_file
 
-    policy = None if _is_backbone(model) else model
+    policy: Any = None if _is_backbone(model) else model
     backbone: Any = model if policy is None else model.backbone
     prefix = "backbone." if policy is None else ""
     weights = {prefix + name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
@@ -169,7 +169,7 @@ def load_policy(path: Path, device: str = "cpu") -> VLAPolicy:
             fix="train it with --objective action, or give a policy's checkpoint",
         )
     policy = VLAPolicy(_build(folder, description), PolicyConfig.from_dict(description["policy"]))
-    _fill(policy, folder)
+    fill(policy, folder)
     return policy.to(device).eval()
 
 
@@ -177,7 +177,7 @@ def load_backbone(path: Path, device: str = "cpu") -> Backbone:
     """The backbone of a checkpoint or run folder, of a policy too, in eval mode. Raises InputError as `load_policy`."""
     folder, description = _describe(path)
     backbone = _build(folder, description)
-    _fill(backbone, folder, "backbone.")
+    fill(backbone, folder, "backbone.")
     return backbone.to(device).eval()
 
 
@@ -191,7 +191,7 @@ def reload(path: Path, *, init: str, seed: int, dtype: torch.dtype | None, image
         changed["dtype"] = str(dtype).removeprefix("torch.")
     if init == "pretrained":
         backbone = _build(folder, {**description, "backbone": changed})
-        _fill(backbone, folder, "backbone.")
+        fill(backbone, folder, "backbone.")
         return backbone
     changed["lineage"] = {**changed["lineage"], "init": "scratch", "init_seed": seed, "stages": []}
     return _build(folder, {**description, "backbone": changed}, seed)
@@ -218,7 +218,7 @@ def _build(folder: Path, description: dict[str, Any], seed: int | None = None) -
         raise InputError(f"the model cannot be built ({reason})", where=folder, fix="use another checkpoint") from None
 
 
-def _fill(model: torch.nn.Module, folder: Path, prefix: str = "") -> None:
+def fill(model: torch.nn.Module, folder: Path, prefix: str = "") -> None:
     """Fill every weight of `model` from the checkpoint's, and nothing else."""
     from vlm4vla_core.hub import check_finite
 

@@ -26,14 +26,15 @@ _PHRASES = (
     "What action should the robotic arm take to",
 )
 _WORDS = """
-a along an and are arm at away axis back backward ball behind between beside block blue board bowl box burner by can
-carrot center close closed closer closest cloth colour color container corner counter cube cup cyan cylinder do does
-door down drawer edge far farther faucet flip fold for forward fork from front fruit gray green grey grip gripper half
-hand handle hold holding in inside into is it knife knob left lever lid lift lower lowest magenta me microwave middle
-move near nearest no object of off on open orange oven over pan pick pink place plate position pot pull purple push put
-reach red release remove right robot rotate side sink slide slightly small spatula spoon stack stove sweep table take
-tap the this to top touch towards tower towel toy tray turn up upper upright vessel what where which white with yellow
-yes you high higher highest low medium large big bottom
+a along an and are arm at away axis back backward ball behind beside between big block blue board bottom bowl box
+burner by camera can carrot center close closed closer closest cloth color colour container corner counter cube cup
+cyan cylinder do does door down downwards drawer edge far farther faucet flip fold for fork forward from front fruit
+grasp gray green grey grip gripper half hand handle high higher highest hold holding in inside into is it knife knob
+large left lever lid lift low lower lowest magenta me medium microwave middle move near nearest no object of off on
+open orange oven over pan pick pink place plate position pot pull purple push put raise reach red release remove
+right robot robotic rotate shift shove side sink slide slightly small spatula spoon stack stove sweep table take tap
+the this to top touch towards towel tower toy tray turn up upper upright upwards vessel what where which white with
+yellow yes you
 """
 
 

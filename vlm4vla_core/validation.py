@@ -1,0 +1,92 @@
+"""What a model does on held-out rows: losses, errors in physical units, and what knowing nothing would give.
+
+Trap: a held-out loss means little by itself. The best constant prediction stands beside every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm4vla_core.backbone import Backbone
+    from vlm4vla_core.episodes.store import EpisodeStore
+    from vlm4vla_core.policy import VLAPolicy
+
+_BATCH = 64
+BatchMaker = Callable[[np.ndarray, np.random.Generator], "dict[str, torch.Tensor]"]
+
+
+def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, batch: BatchMaker) -> dict[str, Any]:
+    """Losses and errors over `rows`, every real step of every chunk counted once.
+
+    loss, arm, gripper: as in training. constant_arm: the arm loss of the best constant action at each place of the
+    chunk (the rows' own mean). error: mean absolute error per arm dimension in the convention's units.
+    gripper_accuracy, and gripper_majority: that of always giving the commoner state. rows: how many.
+    """
+    import torch
+
+    from vlm4vla_core.heads import action_losses
+
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("arm", "gripper", "targets", "opens", "mask")}
+    with torch.no_grad():
+        for start in range(0, len(rows), _BATCH):
+            inputs = batch(rows[start : start + _BATCH], np.random.default_rng(0))
+            arm, gripper = policy.outputs(inputs)
+            values = (arm, gripper, inputs["arm_targets"], inputs["gripper_targets"], inputs["action_mask"])
+            for name, value in zip(kept, values, strict=True):
+                kept[name].append(value.cpu())
+    arm, gripper, targets, opens, mask = (torch.cat(values) for values in kept.values())
+    options = {"delta": policy.config.huber_delta, "gripper_weight": policy.config.gripper_weight}
+    losses = action_losses(arm, gripper, targets, opens, mask, **options)
+    weight = mask.float()[..., None]
+    mean = (targets * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)  # (1, chunk, A-1)
+    constant = action_losses(mean.expand_as(targets), gripper, targets, opens, mask, **options)
+    q01, q99 = np.array(policy.config.q01[:-1]), np.array(policy.config.q99[:-1])
+    error = ((arm - targets).abs() * weight).sum((0, 1)) / weight.sum((0, 1))  # (A-1,) in normalised units
+    names = policy.config.convention.names[:-1]
+    open_share = float(opens[mask].mean())
+    return {
+        **{name: float(value) for name, value in losses.items()},
+        "constant_arm": float(constant["arm"]),
+        "error": dict(zip(names, (error.numpy() * (q99 - q01) / 2).tolist(), strict=True)),
+        "gripper_accuracy": float(((gripper > 0) == (opens > 0.5))[mask].float().mean()),
+        "gripper_majority": max(open_share, 1 - open_share),
+        "rows": len(rows),
+    }
+
+
+def language_metrics(backbone: Backbone, rows: np.ndarray, batch: BatchMaker) -> dict[str, Any]:
+    """Loss and accuracy on one fixed question per row.
+
+    loss: mean cross-entropy over answer tokens (nats). token_accuracy: of answer tokens, given the ones before (teacher
+    forcing), the closing token left out. answer_accuracy: answers with every token right. majority: answer accuracy
+    of always giving the commonest answer.
+    """
+    import torch
+
+    losses, right, exact = [], [], []
+    answers: list[tuple[int, ...]] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), _BATCH):
+            inputs = batch(rows[start : start + _BATCH], np.random.default_rng([0, start]))
+            logits, targets = backbone.answer_logits(inputs)
+            losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+            hit = (logits.argmax(-1) == targets).cpu()
+            content = (targets != backbone.end_id).cpu()
+            right.append(hit[content])
+            counts = (inputs["labels"] != -100).sum(1).tolist()
+            exact += [bool(part.all()) for part in hit.split(counts)]
+            answers += [tuple(part.tolist()) for part in targets.cpu().split(counts)]
+    commonest = max(answers.count(answer) for answer in set(answers))
+    return {
+        "loss": float(torch.cat(losses).mean()),
+        "token_accuracy": float(torch.cat(right).float().mean()),
+        "answer_accuracy": float(np.mean(exact)),
+        "majority": commonest / len(answers),
+        "rows": len(rows),
+    }
