@@ -134,6 +134,7 @@ def test_many_steps_go_into_several_shards(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in parts.path.glob("steps-*")) == [f"steps-0000{n}.arrow" for n in range(4)]
     for name in ("state", "action", "episode_of", "step_of"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+        assert not getattr(parts, name).flags.writeable
     assert [parts.jpeg("wrist", row) for row in range(15)] == [whole.jpeg("wrist", row) for row in range(15)]
     rows = [14, 3, 4, 0, 11, 12]
     np.testing.assert_array_equal(parts.images("front", rows), whole.images("front", rows))
