@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `vlm4vla … | head`
         sys.stderr.close()
         return 1
+    except OSError as error:  # disk full, read-only folder: nothing is half-written, and a traceback would not help
+        print(f"vlm4vla {words[0]}: {error}; nothing half-written was left", file=sys.stderr)
+        return 1
 
 
 def _call(verb: str, words: list[str]) -> int:
