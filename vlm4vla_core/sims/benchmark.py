@@ -22,6 +22,7 @@ from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.sims.tabletop import tasks as families
 from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.expert import expert
+from vlm4vla_core.sims.tabletop.looks import LOOKS
 from vlm4vla_core.sims.tabletop.tasks import FAMILIES, TASKS
 
 _BITS = 48  # drawn bits of a seed; bit 48 marks evaluation, and 49 bits are exact in every JSON reader
@@ -104,8 +105,6 @@ class Benchmark:
 
     def describe(self) -> dict[str, Any]:
         """The whole protocol as JSON values."""
-        from vlm4vla_core.sims.tabletop.render import LOOKS
-
         return {
             "protocol": self.protocol,
             "title": self.title,

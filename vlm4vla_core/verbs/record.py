@@ -59,7 +59,7 @@ def run(args: Args) -> int:
 
 def _check(args: Args) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tasks to record and the config that decides the store's content. Raises InputError on bad values."""
-    from vlm4vla_core.sims.tabletop.render import LOOKS
+    from vlm4vla_core.sims.tabletop.looks import LOOKS
     from vlm4vla_core.sims.tabletop.tasks import TASKS, check_task
     from vlm4vla_core.sims.tabletop.world import VERSION
 

@@ -64,10 +64,12 @@ def _together(plans: Sequence[Plan], size: int, noise: float) -> Iterator[Episod
     starts = [families.start(item.task, item.seed) for item in plans]
     state, goal = world.stack([s.state for s in starts]), families.stack_goals([s.goal for s in starts])
     limits = np.array([families.FAMILIES[item.task].step_limit for item in plans])
-    disturbance = np.stack([_noise(item.seed, int(limits.max()), noise) for item in plans])  # (n, T, 7)
+    disturbance = np.zeros((len(plans), limits.max(), 7))  # (n, T, 7)
+    for i, item in enumerate(plans):
+        disturbance[i, : limits[i]] = _noise(item.seed, int(limits[i]), noise)
     states, labels = [], []
     lengths, reached = limits.copy(), np.zeros(len(plans), bool)
-    for t in range(int(limits.max())):
+    for t in range(limits.max()):
         running = ~reached & (t < limits)
         if not running.any():
             break

@@ -117,10 +117,8 @@ def _push(state: State, goal: Goal) -> np.ndarray:
     return np.where(carry[:, None], _towards(_funnel(hand, home), np.zeros(n, bool)), actions)
 
 
-def _push_way(
-    state: State, goal: Goal, target: np.ndarray, missing: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unit push directions (n, 2): straight to the goal if the hand can get behind, else the best detour; which (n,)."""
+def _push_way(state: State, goal: Goal, target: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unit push directions (n, 2): straight to the goal if the hand can get behind, else a detour; which (n,)."""
     size = np.maximum(length(missing), 1e-9)
     straight = missing / size[:, None]
     options = np.concatenate([straight[:, None], np.broadcast_to(_CANDIDATES, (len(target), *_CANDIDATES.shape))], 1)

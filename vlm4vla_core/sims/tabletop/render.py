@@ -13,93 +13,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.sims.tabletop.looks import FLOOR, LOOKS, TABLE, TABLE_THICKNESS, pattern
 from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, SLOTS, State
 
 if TYPE_CHECKING:
     import torch
 
-TABLE = np.array([0.38, 0.37])  # half extents of the table top, which lies at z = 0
-TABLE_THICKNESS, FLOOR = 0.04, -0.45  # m
+    Axes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 BACKGROUND, TABLETOP, PLATE, GRIPPER, OBJECTS = 0, 1, 2, 3, 4  # segmentation; slot k is OBJECTS + k
 PALETTE = np.array(
-    [[0.86, 0.13, 0.12], [0.13, 0.66, 0.22], [0.14, 0.30, 0.90], [0.96, 0.83, 0.12], [0.60, 0.20, 0.76], [0.12, 0.80, 0.85]]
+    [
+        [0.86, 0.13, 0.12],
+        [0.13, 0.66, 0.22],
+        [0.14, 0.30, 0.90],
+        [0.96, 0.83, 0.12],
+        [0.60, 0.20, 0.76],
+        [0.12, 0.80, 0.85],
+    ]
 )  # as world.COLOURS
 _PLATE_RIM = 0.82  # fraction of the plate's radius where its darker rim begins
 _AMBIENT, _DIFFUSE = 0.56, 0.50
 _CHUNK = 16  # frames traced together: small enough for the processor's cache
 _FINGER, _PALM, _WRIST = (0.96, 0.50, 0.10), (0.15, 0.15, 0.17), (0.88, 0.89, 0.93)
-
-
-@dataclass(frozen=True)
-class Camera:
-    """Pinhole camera, square picture. position, target: m; focal: focal length in picture widths."""
-
-    position: tuple[float, float, float]
-    target: tuple[float, float, float]
-    focal: float
-
-    def axes(self) -> np.ndarray:
-        """(3, 3) unit vectors right, down, forward."""
-        forward = np.subtract(self.target, self.position)
-        forward = forward / np.sqrt((forward**2).sum())
-        right = np.array([forward[1], -forward[0], 0.0])
-        right = right / np.sqrt((right**2).sum())
-        return np.stack([right, np.cross(forward, right), forward])
-
-    def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Picture coordinates (..., 2) in [0, 1] (right, down) and depth (...) along the axis, of points (..., 3)."""
-        local = (points - np.array(self.position)) @ self.axes().T
-        return 0.5 + self.focal * local[..., :2] / local[..., 2:], local[..., 2]
-
-    def rays(self, size: int) -> np.ndarray:
-        """(size * size, 3) directions through the pixel centres, scaled so that their length counts depth."""
-        centres = ((np.arange(size) + 0.5) / size - 0.5) / self.focal
-        right, down, forward = self.axes()
-        return (forward + centres[:, None, None] * down + centres[None, :, None] * right).reshape(-1, 3)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"position_m": list(self.position), "target_m": list(self.target), "focal_in_widths": self.focal}
-
-
-@dataclass(frozen=True)
-class Look:
-    """Appearance of one domain: camera, table pattern with its two colours, floor colour, direction to the light."""
-
-    camera: Camera
-    pattern: str
-    table: tuple[tuple[float, float, float], tuple[float, float, float]]
-    floor: tuple[float, float, float]
-    light: tuple[float, float, float]
-
-    def towards_light(self) -> np.ndarray:
-        """(3,) unit vector."""
-        light = np.array(self.light)
-        return light / np.sqrt((light**2).sum())
-
-
-LOOKS = {
-    "A": Look(
-        Camera((0.0, -1.26, 1.22), (0.0, 0.137, 0.06), 1.74),
-        "planks", ((0.76, 0.56, 0.38), (0.68, 0.48, 0.31)), (0.27, 0.28, 0.33), (-0.35, -0.30, 1.0),
-    ),
-    "B": Look(
-        Camera((-0.16, -1.15, 1.24), (0.049, 0.095, 0.06), 1.68),
-        "tiles", ((0.62, 0.66, 0.70), (0.55, 0.59, 0.64)), (0.38, 0.29, 0.25), (0.40, -0.25, 1.0),
-    ),
-    "C": Look(
-        Camera((0.17, -1.35, 1.18), (-0.047, 0.126, 0.06), 1.84),
-        "diamonds", ((0.86, 0.82, 0.72), (0.77, 0.72, 0.62)), (0.20, 0.27, 0.34), (-0.10, -0.45, 1.0),
-    ),
-    "D": Look(
-        Camera((0.24, -1.04, 1.32), (-0.054, 0.069, 0.06), 1.63),
-        "stripes", ((0.50, 0.62, 0.56), (0.40, 0.52, 0.47)), (0.46, 0.43, 0.38), (0.30, 0.20, 1.0),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,9 +55,7 @@ class Picture:
     segmentation: np.ndarray | None = None
 
 
-def render(
-    state: State, domains: Sequence[str], size: int, *, samples: int = 2, geometry: bool = False
-) -> Picture:
+def render(state: State, domains: Sequence[str], size: int, *, samples: int = 2, geometry: bool = False) -> Picture:
     """Pictures of n worlds by the fixed camera of each world's domain.
 
     samples: rays per pixel along each side, averaged. geometry: also depth and segmentation (one ray through the
@@ -201,30 +140,15 @@ def _backdrop(name: str, size: int) -> _Backdrop:
     wood = np.where(on_top[:, None], pattern(look, point[:, 0], point[:, 1]), np.array(look.table[1]) * 0.8)
     haze = 1.0 / (1.0 + 0.08 * np.minimum(t_floor, 50.0) ** 2)
     colour = np.where(hit[:, None], wood * shade[:, None], np.array(look.floor) * (0.6 + 0.6 * haze)[:, None])
-    numbers = [rays, np.minimum(colour, 1.0), np.where(hit, t_table, np.minimum(t_floor, 50.0))]
+    depth = np.where(hit, t_table, np.minimum(t_floor, 50.0))
     ground = np.where(on_top[:, None], point[:, :2], 1e3)
-    tensors = [torch.tensor(value, dtype=torch.float32) for value in (*numbers, ground)]
-    return _Backdrop(*tensors[:3], torch.tensor(np.where(hit, TABLETOP, BACKGROUND), dtype=torch.uint8), tensors[3])
-
-
-def pattern(look: Look, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Table colour (..., 3) at points (x, y) m of the table top."""
-    light, dark = np.array(look.table[0]), np.array(look.table[1])
-    if look.pattern == "planks":
-        plank = np.floor(x / 0.094 + 0.5)
-        mix = np.mod(plank * 0.618, 1.0)  # neighbouring planks differ
-        mix = mix + 0.15 * np.sin(60 * x + 3 * np.sin(5 * y + plank))
-        seam = np.abs(x / 0.094 + 0.5 - plank - 0.5) > 0.48
-        mix = np.where(seam, 2.2, mix)
-    elif look.pattern == "tiles":
-        mix = np.mod(np.floor(x / 0.12) + np.floor(y / 0.12), 2.0)
-        u, v = np.mod(x / 0.12, 1.0), np.mod(y / 0.12, 1.0)
-        mix = np.where((np.minimum(u, v) < 0.03) | (np.maximum(u, v) > 0.97), 1.9, mix)
-    elif look.pattern == "diamonds":
-        mix = np.mod(np.floor((x + y) / 0.17) + np.floor((x - y) / 0.17), 2.0)
-    else:  # stripes
-        mix = np.mod(np.floor((0.8 * x + 0.6 * y) / 0.09), 2.0)
-    return light + np.asarray(mix)[..., None] * (dark - light)
+    return _Backdrop(
+        rays=torch.tensor(rays, dtype=torch.float32),
+        colour=torch.tensor(np.minimum(colour, 1.0), dtype=torch.float32),
+        depth=torch.tensor(depth, dtype=torch.float32),
+        label=torch.tensor(np.where(hit, TABLETOP, BACKGROUND), dtype=torch.uint8),
+        ground=torch.tensor(ground, dtype=torch.float32),
+    )
 
 
 # --- plate and shadows ----------------------------------------------------------------------------------------
@@ -249,7 +173,7 @@ def _decals(state: State, domains: Sequence[str]) -> Iterator[_Decal]:
     light = np.stack([LOOKS[name].towards_light() for name in domains])
     slope = -light[:, :2] / light[:, 2:]  # shadows move by this per metre of height
     everyone = np.arange(len(state))
-    casters = [(everyone, state.gripper + [0.0, 0.0, 0.05], 0.065)]
+    casters = [(everyone, state.gripper + np.array([0.0, 0.0, 0.05]), 0.065)]
     for slot in range(SLOTS):
         rows = np.flatnonzero(state.kind[:, slot] >= 0)
         casters.append((rows, state.objects[rows, slot], 0.060))
@@ -329,9 +253,9 @@ def _solids(state: State) -> Iterator[_Solids]:
         (state.gripper + 0.085 * up, (0.084, 0.026, 0.013), _PALM),
         (state.gripper + 0.126 * up, (0.032, 0.032, 0.028), _WRIST),
     ]
-    for centre, half, colour in parts:
-        size, paint = np.broadcast_to(half, (len(rows), 3)), np.broadcast_to(colour, (len(rows), 3))
-        yield _Solids(0, rows, centre, size, state.yaw, paint, GRIPPER)
+    for centre, size, paint in parts:
+        half, colour = np.broadcast_to(size, (len(rows), 3)), np.broadcast_to(paint, (len(rows), 3))
+        yield _Solids(0, rows, centre, half, state.yaw, colour, GRIPPER)
 
 
 def _cast(
@@ -366,12 +290,10 @@ def _cast(
     hx, hy, hz = (torch.tensor(value, dtype=torch.float32)[:, None] for value in solid.half.T)
     cos, sin = (torch.tensor(value, dtype=torch.float32)[:, None] for value in turn.T)
     where = rows * size**2 + pixel
-    if solid.kind == 1:
-        t, hit = _ball(ox, oy, oz, dx, dy, dz, hx)
-    else:  # in the solid's own frame
+    if solid.kind != 1:  # into the solid's own frame
         ox, oy = ox * cos + oy * sin, oy * cos - ox * sin
         dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
-        t, hit = (_box if solid.kind == 0 else _cylinder)(ox, oy, oz, dx, dy, dz, hx, hy, hz)
+    t, hit = _HIT[solid.kind]((ox, oy, oz), (dx, dy, dz), (hx, hy, hz))
     hit &= t < depth[where]
     item, t, where = item[hit], t[hit], where[hit]
     if not len(item):
@@ -426,8 +348,12 @@ def _windows(
     return torch.from_numpy(item.copy()), torch.from_numpy(pixel)
 
 
-def _ball(ox, oy, oz, dx, dy, dz, r):  # type: ignore[no-untyped-def]
+# Where rays with origins o and directions d (r, w) enter a solid around the origin: (t, whether they do).
+
+
+def _ball(o: Axes, d: Axes, half: Axes) -> tuple[torch.Tensor, torch.Tensor]:
     # From the foot of the perpendicular: far more exact in float32 than the textbook quadratic.
+    (ox, oy, oz), (dx, dy, dz), r = o, d, half[0]
     dd = dx * dx + dy * dy + dz * dz
     foot = -(ox * dx + oy * dy + oz * dz) / dd
     x, y, z = ox + foot * dx, oy + foot * dy, oz + foot * dz
@@ -435,22 +361,24 @@ def _ball(ox, oy, oz, dx, dy, dz, r):  # type: ignore[no-untyped-def]
     return foot - inside.clamp(min=0.0).sqrt(), inside > 0
 
 
-def _box(ox, oy, oz, dx, dy, dz, hx, hy, hz):  # type: ignore[no-untyped-def]
+def _box(o: Axes, d: Axes, half: Axes) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
-    near = far = None
-    for o, d, h in ((ox, dx, hx), (oy, dy, hy), (oz, dz, hz)):
-        d = torch.where(d.abs() < 1e-9, 1e-9, d)
-        a, b = (-h - o) / d, (h - o) / d
-        enter, leave = torch.minimum(a, b), torch.maximum(a, b)
-        near = enter if near is None else torch.maximum(near, enter)
-        far = leave if far is None else torch.minimum(far, leave)
+    enters, leaves = [], []
+    for origin, step, h in zip(o, d, half, strict=True):
+        step = torch.where(step.abs() < 1e-9, 1e-9, step)
+        a, b = (-h - origin) / step, (h - origin) / step
+        enters.append(torch.minimum(a, b))
+        leaves.append(torch.maximum(a, b))
+    near = torch.maximum(torch.maximum(enters[0], enters[1]), enters[2])
+    far = torch.minimum(torch.minimum(leaves[0], leaves[1]), leaves[2])
     return near, near < far
 
 
-def _cylinder(ox, oy, oz, dx, dy, dz, r, _, h):  # type: ignore[no-untyped-def]
+def _cylinder(o: Axes, d: Axes, half: Axes) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
+    (ox, oy, oz), (dx, dy, dz), (r, _, h) = o, d, half
     dd = (dx * dx + dy * dy).clamp(min=1e-12)
     foot = -(ox * dx + oy * dy) / dd
     x, y = ox + foot * dx, oy + foot * dy
@@ -462,3 +390,6 @@ def _cylinder(ox, oy, oz, dx, dy, dz, r, _, h):  # type: ignore[no-untyped-def]
     x, y = ox + cap * dx, oy + cap * dy
     on_cap = x * x + y * y <= r * r
     return torch.where(on_cap, cap, side), on_side | on_cap
+
+
+_HIT = (_box, _ball, _cylinder)  # as world.KINDS

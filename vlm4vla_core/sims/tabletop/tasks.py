@@ -234,9 +234,7 @@ def start(task: str, seed: int) -> Start:
         state = _draw(rng, kind, colours, has_plate)
         if state is not None and family.fits(state, slot, direction):
             break
-    goal = Goal(
-        np.array([TASKS.index(task)]), np.array([slot]), direction[None].copy(), state.gripper, state.objects
-    )
+    goal = Goal(np.array([TASKS.index(task)]), np.array([slot]), direction[None].copy(), state.gripper, state.objects)
     template = str(rng.choice(family.templates))
     phrase = str(rng.choice(DIRECTIONS[name][1])) if name else ""
     words = template.format(o=describe_object(state, 0, slot) if slot >= 0 else "", d=phrase)

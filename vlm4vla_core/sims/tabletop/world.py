@@ -203,6 +203,7 @@ def _separate(
     yielded = hand - gripper[rows]
     carried = slots == held[rows, None]
     discs = np.where(carried[..., None], discs + yielded[:, None], discs)
+    discs = np.where(kind[rows][..., None] >= 0, discs, objects[rows])  # the rail does not hold what is not there
     gripper, objects = gripper.copy(), objects.copy()
     gripper[rows], objects[rows] = hand, discs
     return gripper, objects
@@ -211,8 +212,9 @@ def _separate(
 def _overlap(
     gripper: np.ndarray, objects: np.ndarray, lying: np.ndarray, pushed: np.ndarray, reach: np.ndarray
 ) -> np.ndarray:
-    """(n,) bool: some discs overlap, or an object lies outside the rail."""
-    found = (pushed & (length(objects[..., :2] - gripper[:, None, :2]) < reach[:, None] - _TOLERANCE)).any(1)
+    """(n,) bool: some discs overlap."""
+    near_hand = length(objects[..., :2] - gripper[:, None, :2]) < reach[:, None] - _TOLERANCE  # (n, SLOTS)
+    found = np.asarray((pushed & near_hand).any(1))
     for i in range(SLOTS):
         for j in range(i + 1, SLOTS):
             near = length(objects[:, i, :2] - objects[:, j, :2]) < 2 * FOOTPRINT - _TOLERANCE

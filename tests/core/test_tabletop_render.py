@@ -1,0 +1,244 @@
+"""The ray caster against a slow literal one (plain Python, float64, every ray against every shape)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.sims.tabletop import render, tasks, world
+from vlm4vla_core.sims.tabletop.expert import expert
+
+DOMAINS = tuple(render.LOOKS)
+
+
+@cache
+def scenes() -> world.State:
+    """Four worlds with every kind of object, a plate, and open, closed, holding and turned hands."""
+    picked = []
+    for index, (task, steps) in enumerate([("lift", 40), ("push", 6), ("touch", 2), ("lift", 0)]):
+        for seed in range(100):
+            start = tasks.start(task, 17 + 100 * index + seed)
+            if start.state.plate_colour[0] >= 0 and len(set(start.state.kind[0])) == world.SLOTS - (index % 2):
+                break
+        state = start.state
+        for _ in range(steps):
+            state = world.step(state, expert(state, start.goal))
+        picked.append(state)
+    state = world.stack(picked)
+    assert set(state.kind.ravel()) >= {0, 1, 2} and state.held[0] >= 0 and not state.open[1] and state.open[3]
+    return state
+
+
+# --- the literal ray caster -----------------------------------------------------------------------------------
+
+Vector = list[float]
+
+
+def dot(a: Vector, b: Vector) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def ray_sphere(o: Vector, d: Vector, half: Vector) -> tuple[float, Vector] | None:
+    a, b, c = dot(d, d), 2 * dot(o, d), dot(o, o) - half[0] ** 2
+    if b * b - 4 * a * c <= 0:
+        return None
+    t = (-b - math.sqrt(b * b - 4 * a * c)) / (2 * a)
+    return t, [(o[i] + t * d[i]) / half[0] for i in range(3)]
+
+
+def ray_box(o: Vector, d: Vector, half: Vector) -> tuple[float, Vector] | None:
+    hits = []
+    for axis in range(3):  # every face on its own
+        for sign in (-1.0, 1.0):
+            if d[axis] * sign < 0:
+                t = (sign * half[axis] - o[axis]) / d[axis]
+                rest = [i for i in range(3) if i != axis]
+                if all(abs(o[i] + t * d[i]) <= half[i] for i in rest):
+                    hits.append((t, [sign if i == axis else 0.0 for i in range(3)]))
+    return min(hits, default=None)
+
+
+def ray_cylinder(o: Vector, d: Vector, half: Vector) -> tuple[float, Vector] | None:
+    hits: list[tuple[float, Vector]] = []
+    r, h = half[0], half[2]
+    a, b, c = d[0] ** 2 + d[1] ** 2, 2 * (o[0] * d[0] + o[1] * d[1]), o[0] ** 2 + o[1] ** 2 - r * r
+    if b * b - 4 * a * c > 0:
+        t = (-b - math.sqrt(b * b - 4 * a * c)) / (2 * a)
+        if abs(o[2] + t * d[2]) <= h:
+            hits.append((t, [(o[0] + t * d[0]) / r, (o[1] + t * d[1]) / r, 0.0]))
+    for sign in (-1.0, 1.0):
+        if d[2] * sign < 0:
+            t = (sign * h - o[2]) / d[2]
+            if math.hypot(o[0] + t * d[0], o[1] + t * d[1]) <= r:
+                hits.append((t, [0.0, 0.0, sign]))
+    return min(hits, default=None)
+
+
+def turn(v: Vector, angle: float) -> Vector:
+    c, s = math.cos(angle), math.sin(angle)
+    return [c * v[0] - s * v[1], s * v[0] + c * v[1], v[2]]
+
+
+def table_colour(look: render.Look, x: float, y: float) -> Vector:
+    if look.pattern == "planks":
+        plank = math.floor(x / 0.094 + 0.5)
+        mix = (plank * 0.618) % 1.0 + 0.15 * math.sin(60 * x + 3 * math.sin(5 * y + plank))
+        if abs(x / 0.094 - plank) > 0.48:
+            mix = 2.2
+    elif look.pattern == "tiles":
+        mix = float((math.floor(x / 0.12) + math.floor(y / 0.12)) % 2)
+        u, v = x / 0.12 % 1, y / 0.12 % 1
+        if min(u, v) < 0.03 or max(u, v) > 0.97:
+            mix = 1.9
+    elif look.pattern == "diamonds":
+        mix = float((math.floor((x + y) / 0.17) + math.floor((x - y) / 0.17)) % 2)
+    else:
+        mix = float(math.floor((0.8 * x + 0.6 * y) / 0.09) % 2)
+    return [a + mix * (b - a) for a, b in zip(*look.table, strict=True)]
+
+
+def literal(state: world.State, domain: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Colour (S, S, 3), depth (S, S) and label (S, S) of the first world."""
+    look = render.LOOKS[domain]
+    camera = look.camera
+    norm = math.dist(camera.position, camera.target)
+    forward = [(b - a) / norm for a, b in zip(camera.position, camera.target, strict=True)]
+    flat = math.hypot(forward[0], forward[1])
+    right = [forward[1] / flat, -forward[0] / flat, 0.0]
+    down = [
+        forward[1] * right[2] - forward[2] * right[1],
+        forward[2] * right[0] - forward[0] * right[2],
+        forward[0] * right[1] - forward[1] * right[0],
+    ]
+    light = [v / math.sqrt(dot(list(look.light), list(look.light))) for v in look.light]
+    solids = list(render._solids(state[:1]))
+    decals = list(render._decals(state[:1], [domain]))
+    colour, depth, label = np.zeros((size, size, 3)), np.zeros((size, size)), np.zeros((size, size), int)
+    for row in range(size):
+        for column in range(size):
+            u, v = ((column + 0.5) / size - 0.5) / camera.focal, ((row + 0.5) / size - 0.5) / camera.focal
+            d = [forward[i] + u * right[i] + v * down[i] for i in range(3)]
+            hits: list[tuple[float, Vector, int]] = []
+            for s in solids:
+                o = [camera.position[i] - float(s.centre[0, i]) for i in range(3)]
+                local = turn(o, -float(s.yaw[0])), turn(d, -float(s.yaw[0]))
+                found = (ray_box, ray_sphere, ray_cylinder)[s.kind](*local, [float(h) for h in s.half[0]])
+                if found:
+                    shade = 0.56 + 0.50 * max(0.0, dot(turn(found[1], float(s.yaw[0])), light))
+                    hits.append((found[0], [min(1.0, float(c) * shade) for c in s.colour[0]], s.label))
+            o = [camera.position[0], camera.position[1], camera.position[2] + 0.02]
+            found = ray_box(o, d, [0.38, 0.37, 0.02])
+            if found:
+                x, y = (camera.position[i] + found[0] * d[i] for i in range(2))
+                top = found[1][2] > 0
+                base = table_colour(look, x, y) if top else [0.8 * c for c in look.table[1]]
+                shade = 0.56 + 0.50 * max(0.0, dot(found[1], light))
+                paint, kind = [min(1.0, c * shade) for c in base], render.TABLETOP
+                for decal in decals if top else []:
+                    near = math.dist((x, y), decal.centre[0]) / decal.radius[0]
+                    if near < 1 and decal.colour is not None:
+                        paint = [c * (0.68 if near > 0.82 else 0.95) for c in decal.colour[0]]
+                        kind = render.PLATE
+                    elif near < 1:
+                        dark = 1 - decal.strength[0] * min(1.0, 1.7 * (1 - near * near))
+                        paint = [c * dark for c in paint]
+                hits.append((found[0], paint, kind))
+            if d[2] < 0:
+                t = (-0.45 - camera.position[2]) / d[2]
+                haze = 1 / (1 + 0.08 * min(t, 50.0) ** 2)
+                hits.append((min(t, 50.0), [c * (0.6 + 0.6 * haze) for c in look.floor], render.BACKGROUND))
+            t, paint, kind = min(hits)
+            colour[row, column], depth[row, column], label[row, column] = paint, t, kind
+    return colour, depth, label
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_equals_the_literal_ray_caster(index: int) -> None:
+    state, domain, size = scenes()[[index]], DOMAINS[index], 36
+    colour, depth, label = (value[0].numpy() for value in render.trace(state, [domain], size))
+    expected_colour, expected_depth, expected_label = literal(state, domain, size)
+    assert set(np.unique(expected_label)) >= {0, 1, 2, 3, 4, 5}
+    # No pixel is exempt: these scenes have no ray that grazes an edge within float32's reach.
+    np.testing.assert_array_equal(label, expected_label)
+    np.testing.assert_allclose(depth, expected_depth, rtol=1e-5)
+    np.testing.assert_allclose(colour, expected_colour, atol=1e-4)
+
+
+def test_pixels_do_not_depend_on_the_batch() -> None:
+    state = scenes()
+    order = [2, 0, 3, 1, 0]
+    together = render.render(state[order], [DOMAINS[i] for i in order], 56, geometry=True)
+    for place, i in enumerate(order):
+        alone = render.render(state[[i]], [DOMAINS[i]], 56, geometry=True)
+        for name in ("rgb", "depth", "segmentation"):
+            np.testing.assert_array_equal(getattr(together, name)[place], getattr(alone, name)[0])
+
+
+def test_windows_cut_nothing_off() -> None:
+    """A world at every corner of the workspace, traced with windows and with the whole picture as the window."""
+    base = scenes()[[0, 0, 0, 0]]
+    corners = [
+        [x, y, z] for x, y, z in ((-0.27, -0.27, 0.03), (0.27, -0.27, 0.32), (-0.27, 0.27, 0.32), (0.27, 0.27, 0.03))
+    ]
+    state = replace(base, gripper=np.array(corners), objects=base.objects + np.array([0.1, 0, 0]))
+    windowed = render.trace(state, list(DOMAINS), 40)
+
+    def whole(corner: np.ndarray, rows: np.ndarray, domains: list[str], size: int):  # type: ignore[no-untyped-def]
+        import torch
+
+        pixel = torch.arange(size**2).expand(len(rows), -1)
+        return torch.arange(len(rows))[:, None].expand_as(pixel), pixel
+
+    original, render._windows = render._windows, whole
+    try:
+        full = render.trace(state, list(DOMAINS), 40)
+    finally:
+        render._windows = original
+    for a, b in zip(windowed, full, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_depth_and_segmentation_agree_with_projection() -> None:
+    """The pixel at a ball's projected centre shows that ball, nearer than its centre by at most its radius."""
+    seen = 0
+    for seed in range(60):
+        start = tasks.start("move", seed)
+        domain = DOMAINS[seed % 4]
+        picture = render.render(start.state, [domain], 96, samples=1, geometry=True)
+        assert picture.depth is not None and picture.segmentation is not None
+        for slot in np.flatnonzero(start.state.kind[0] == 1):
+            spot, depth = render.LOOKS[domain].camera.project(start.state.objects[0, slot])
+            column, row = (spot * 96).astype(int)
+            if picture.segmentation[0, row, column] == render.OBJECTS + slot:
+                seen += 1
+                assert 0.6 * 0.046 < depth - picture.depth[0, row, column] <= 0.046 + 1e-4
+    assert seen > 20
+
+
+def test_supersampling_averages() -> None:
+    state = scenes()[[0]]
+    fine = render.render(state, ["A"], 64, samples=1).rgb.astype(float)
+    mean = fine.reshape(1, 32, 2, 32, 2, 3).mean((2, 4))
+    coarse = render.render(state, ["A"], 32, samples=2).rgb
+    np.testing.assert_allclose(coarse, mean, atol=1.01)  # rounding once instead of twice
+
+
+def test_openness_and_looks_show() -> None:
+    state = tasks.start("move", 5).state
+    closed = replace(state, open=~state.open)
+    a, b = (render.render(item, ["A"], 112).rgb.astype(int) for item in (state, closed))
+    assert (np.abs(a - b).max(-1) > 40).sum() > 20
+    looks = [render.render(state, [name], 112).rgb.astype(int) for name in DOMAINS]
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(looks[i] - looks[j]).mean() > 10
+
+
+def test_unknown_domain_is_refused() -> None:
+    with pytest.raises(InputError, match="no domain 'E'"):
+        render.render(scenes(), ["A", "B", "C", "E"], 32)

@@ -1,0 +1,179 @@
+"""Physics: conservation rules under random actions, hand-computed cases, independence of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.sims.tabletop import tasks, world
+
+FIELDS = [field.name for field in fields(world.State)]
+
+
+def random_actions(rng: np.random.Generator, steps: int, n: int, bias: np.ndarray) -> np.ndarray:
+    """(steps, n, 7): motions around `bias` (n, 3), some too large, fingers that stay closed for a while."""
+    actions = rng.normal(0, 0.05, (steps, n, 7))
+    actions[..., :3] += bias
+    actions[..., 6] = np.repeat(rng.random((steps // 5 + 1, n)) < 0.4, 5, axis=0)[:steps]
+    return actions
+
+
+@settings(deadline=None, derandomize=True, max_examples=16)
+@given(seed=st.integers(0, 10**6), task=st.sampled_from(tasks.TASKS))
+def test_invariants_under_random_actions(seed: int, task: str) -> None:
+    rng = np.random.default_rng(seed)
+    n = 8
+    state = world.stack([tasks.start(task, seed * n + i).state for i in range(n)])
+    # Half of the hands are drawn towards an object, so that contacts and grasps happen.
+    for actions in random_actions(rng, 60, n, np.zeros(3)):
+        lure = state.objects[np.arange(n), 0] - state.gripper
+        actions[: n // 2, :3] += 0.4 * lure[: n // 2]
+        before, state = state, world.step(state, actions)
+        assert (state.gripper >= world.WORKSPACE_LOW).all() and (state.gripper <= world.WORKSPACE_HIGH).all()
+        present = state.kind >= 0
+        bottom = (state.objects[..., 2] - world.rest_height(state.kind))[present]
+        assert (bottom > -1e-9).all()
+        rail = world.WORKSPACE_HIGH[:2] + world.RAIL + 1e-9
+        assert (np.abs(state.objects[..., :2]) <= rail)[present].all()
+        assert (state.objects[~present] == -1).all()
+        # What is held keeps its place in the hand; what is not lies on the table.
+        carried = (state.held >= 0) & (state.held == before.held)
+        slot = np.maximum(state.held, 0)
+        rows = np.arange(n)
+        now = state.objects[rows, slot] - state.gripper
+        then = before.objects[rows, slot] - before.gripper
+        np.testing.assert_allclose(now[carried], then[carried], atol=1e-9)
+        assert not (state.open & (state.held >= 0)).any()
+        lying = present & (np.arange(world.SLOTS) != state.held[:, None])
+        np.testing.assert_array_equal(state.objects[..., 2][lying], world.rest_height(state.kind)[lying])
+        # No lying object inside another one, none inside the closed fingers at its height.
+        for i in range(world.SLOTS):
+            for j in range(i):
+                apart = np.hypot(*(state.objects[:, i, :2] - state.objects[:, j, :2]).T)
+                assert (apart[lying[:, i] & lying[:, j]] > 2 * world.FOOTPRINT - 0.005).all()
+        low = ~state.open & (state.held < 0) & (state.gripper[:, 2] - world.TIP < 0.08)
+        apart = np.hypot(*np.moveaxis(state.objects[..., :2] - state.gripper[:, None, :2], -1, 0))
+        assert (apart[lying & low[:, None]] > world.CONTACT - 0.005).all()
+
+
+def test_random_actions_do_reach_the_interesting_states() -> None:
+    """The invariants above would hold for nothing if no object were ever held, pushed or carried aloft."""
+    rng = np.random.default_rng(0)
+    n = 64
+    state = first = world.stack([tasks.start("lift", i).state for i in range(n)])
+    held, aloft = np.zeros(n, bool), np.zeros(n, bool)
+    for actions in random_actions(rng, 60, n, np.zeros(3)):
+        actions[:, :3] += 0.4 * (state.objects[:, 0] - state.gripper)
+        state = world.step(state, actions)
+        held |= state.held >= 0
+        aloft |= (state.objects[..., 2] > 0.07).any(1)
+    moved = np.abs(state.objects - first.objects).max((1, 2)) > 0.05
+    assert held.mean() > 0.3 and aloft.mean() > 0.1 and moved.mean() > 0.3
+
+
+def lone_cube(**changes: object) -> world.State:
+    """A cube in the middle, nothing else, the hand 12 cm to its left at pushing height, closed."""
+    state = tasks.start("move", 0).state
+    objects = np.full((1, world.SLOTS, 3), -1.0)
+    objects[0, 0] = [0.0, 0.0, 0.043]
+    base = replace(
+        state, objects=objects, kind=np.array([[0, -1, -1]]), gripper=np.array([[-0.12, 0.0, 0.04]]),
+        yaw=np.zeros(1), open=np.zeros(1, bool),
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def act(state: world.State, *actions: list[float]) -> world.State:
+    for action in actions:
+        state = world.step(state, np.array([action], float))
+    return state
+
+
+def test_push_moves_the_object_ahead_of_the_fingers() -> None:
+    state = act(lone_cube(), *[[0.05, 0, 0, 0, 0, 0, 0]] * 3)
+    np.testing.assert_allclose(state.gripper[0], [0.03, 0, 0.04], atol=1e-12)
+    np.testing.assert_allclose(state.objects[0, 0], [0.03 + world.CONTACT, 0, 0.043], atol=1e-6)
+
+
+def test_an_open_hand_passes_and_a_high_one_too() -> None:
+    for state in (lone_cube(open=np.ones(1, bool)), lone_cube(gripper=np.array([[-0.12, 0.0, 0.11]]))):
+        after = act(state, *[[0.05, 0, 0, 0, 0, 0, float(state.open[0])]] * 3)
+        np.testing.assert_array_equal(after.objects, state.objects)
+        assert after.gripper[0, 0] == pytest.approx(0.03)
+
+
+def test_a_closed_hand_rests_on_an_object() -> None:
+    state = lone_cube(gripper=np.array([[0.0, 0.01, 0.2]]))
+    after = act(state, *[[0, 0, -0.05, 0, 0, 0, 0]] * 5)
+    assert after.gripper[0, 2] == pytest.approx(2 * 0.043 + world.TIP)
+    np.testing.assert_array_equal(after.objects, state.objects)
+
+
+def test_grasp_carry_release() -> None:
+    state = lone_cube(gripper=np.array([[0.01, -0.02, 0.05]]), open=np.ones(1, bool))
+    state = act(state, [0, 0, 0, 0, 0, 0, 0])
+    assert state.held[0] == 0
+    np.testing.assert_allclose(state.objects[0, 0], [0.01, -0.02, 0.043])  # centred between the fingers
+    state = act(state, [0, 0, 0.06, 0, 0, 0.2, 0], [0.05, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(state.objects[0, 0], [0.06, -0.02, 0.103])
+    assert state.object_yaw[0, 0] == pytest.approx(lone_cube().object_yaw[0, 0] + 0.2)
+    state = act(state, [0, 0, -1, 0, 0, 0, 0], [0, 0, -1, 0, 0, 0, 0])  # the table stops the object
+    np.testing.assert_allclose(state.objects[0, 0, 2], 0.043)
+    state = act(state, [0, 0, 0.06, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1])
+    assert state.held[0] == -1
+    np.testing.assert_allclose(state.objects[0, 0], [0.06, -0.02, 0.043])
+
+
+def test_closing_out_of_reach_holds_nothing() -> None:
+    for place in ([world.GRASP_XY + 0.002, 0, 0.04], [0, 0, 0.043 + world.GRASP_Z + 0.002]):
+        state = lone_cube(gripper=np.array([place]), open=np.ones(1, bool))
+        assert act(state, [0, 0, 0, 0, 0, 0, 0]).held[0] == -1
+
+
+def test_pushed_objects_push_others() -> None:
+    state = lone_cube()
+    objects, kind = state.objects.copy(), state.kind.copy()
+    objects[0, 1], kind[0, 1] = [0.11, 0.0, 0.046], 1
+    after = act(replace(state, objects=objects, kind=kind), *[[0.05, 0, 0, 0, 0, 0, 0]] * 3)
+    assert after.objects[0, 1, 0] == pytest.approx(0.03 + world.CONTACT + 2 * world.FOOTPRINT, abs=1e-5)
+
+
+def test_limits_of_one_action() -> None:
+    start = lone_cube(gripper=np.array([[0.0, 0.0, 0.2]]))
+    long = act(start, [0.3, -0.4, 0.0, 0.5, 0.5, 2.0, 0])
+    np.testing.assert_allclose(long.gripper[0], [0.036, -0.048, 0.2])  # 0.06 m, direction kept
+    assert long.yaw[0] == pytest.approx(0.3)
+    np.testing.assert_array_equal(world.proprioception(long)[0, 3:5], 0)  # roll and pitch are ignored
+    short = act(start, [0.003, -0.004, 0.0, 0, 0, 0, 0.51])
+    np.testing.assert_allclose(short.gripper[0], [0.003, -0.004, 0.2])
+    assert short.open[0] and world.proprioception(short)[0, 6] == 1
+
+
+def test_a_world_does_not_depend_on_its_batch() -> None:
+    rng = np.random.default_rng(3)
+    n, alone = 5, []
+    actions = random_actions(rng, 40, n, np.zeros(3))
+    starts = [tasks.start(tasks.TASKS[i % 4], i).state for i in range(n)]
+    for i in range(n):
+        state = starts[i]
+        for t in range(40):
+            state = world.step(state, actions[t, [i]])
+        alone.append(state)
+    together = world.stack(starts)
+    for t in range(40):
+        together = world.step(together, actions[t])
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(together, name), getattr(world.stack(alone), name))
+
+
+def test_bad_actions_are_refused() -> None:
+    state = lone_cube()
+    with pytest.raises(InputError, match=r"action number 2 is nan"):
+        act(state, [0, 0, np.nan, 0, 0, 0, 0])
+    with pytest.raises(InputError, match=r"shape \(1, 6\), expected \(1, 7\)"):
+        act(state, [0] * 6)
