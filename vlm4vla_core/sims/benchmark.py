@@ -108,6 +108,7 @@ class Benchmark:
         return {
             "protocol": self.protocol,
             "title": self.title,
+            "world_version": world.VERSION,
             "tasks": {
                 task: {
                     "success": FAMILIES[task].rule,

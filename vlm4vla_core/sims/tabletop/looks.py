@@ -7,6 +7,7 @@ never a changed one, since stores and results name their looks by letter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class Camera:
     target: tuple[float, float, float]
     focal: float
 
+    @cached_property
     def axes(self) -> np.ndarray:
         """(3, 3) unit vectors right, down, forward."""
         forward = np.subtract(self.target, self.position)
@@ -33,13 +35,13 @@ class Camera:
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Picture coordinates (..., 2) in [0, 1] (right, down) and depth (...) along the axis, of points (..., 3)."""
-        local = (points - np.array(self.position)) @ self.axes().T
+        local = (points - np.array(self.position)) @ self.axes.T
         return 0.5 + self.focal * local[..., :2] / local[..., 2:], local[..., 2]
 
     def rays(self, size: int) -> np.ndarray:
         """(size * size, 3) directions through the pixel centres, scaled so that their length counts depth."""
         centres = ((np.arange(size) + 0.5) / size - 0.5) / self.focal
-        right, down, forward = self.axes()
+        right, down, forward = self.axes
         return (forward + centres[:, None, None] * down + centres[None, :, None] * right).reshape(-1, 3)
 
     def to_dict(self) -> dict[str, Any]:
