@@ -34,8 +34,15 @@ BASELINES = ("random", "zero", "mean-action", "scripted")
 class Actor(Protocol):
     """What the rollout loop needs: a chunk of actions in the benchmark's convention for every episode."""
 
-    execute: int
-    labels: dict[str, Any]
+    @property
+    def execute(self) -> int:
+        """Actions of a chunk carried out before the policy looks again."""
+        ...
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What the policy contributes to every row (`EPISODE_COLUMNS`)."""
+        ...
 
     def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
         """Actions (len(rows), chunk, A) for the episodes `rows` of `env`."""
