@@ -1,0 +1,344 @@
+"""Two tidy tables in, one matrix of models by scores out; nothing is dropped without being named.
+
+Required are only `model, score` and `model, benchmark, value`; what else is missing weakens the report and is listed
+in `not_stated`. Rows with a `task` belong below a benchmark: they tell how noisy its total is and are never averaged
+into one. Trap: a percentage given as a fraction would silently stretch one model's score a hundredfold, so counts and
+metric names are held against the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm4vla_core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class TaskCounts:
+    """Outcomes below one benchmark: successes and episodes, (models, tasks), NaN where unknown."""
+
+    tasks: tuple[str, ...]
+    successes: np.ndarray
+    episodes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """x: (models, capabilities), y, successes, episodes: (models, benchmarks); NaN where unknown.
+
+    lineages: one per model, empty where not stated. step_rates: benchmark -> (models, 5), the share of chains with at
+    least k tasks done. unmatched: model -> what it lacks.
+    """
+
+    models: tuple[str, ...]
+    lineages: tuple[str, ...]
+    capabilities: tuple[str, ...]
+    benchmarks: tuple[str, ...]
+    x: np.ndarray
+    y: np.ndarray
+    successes: np.ndarray
+    episodes: np.ndarray
+    task_counts: dict[str, TaskCounts]
+    step_rates: dict[str, np.ndarray]
+    metrics: dict[str, str]
+    units: dict[str, str]
+    selection: dict[str, str]
+    unmatched: dict[str, str]
+    not_stated: tuple[str, ...]
+
+
+def gather(
+    capability: pd.DataFrame,
+    performance: pd.DataFrame,
+    episodes: pd.DataFrame | None = None,
+    names: tuple[str, str, str] = ("the capability table", "the performance table", "the episode rows"),
+) -> Scores:
+    """Join the tables on `model`. episodes: one row per episode; its counts by task replace those of `performance`.
+
+    names: where the tables came from, for error messages. Raises InputError for missing columns, scores that are no
+    finite numbers, duplicates, impossible counts, percentages given as fractions, and when fewer than three models
+    are in both tables.
+    """
+    scores = _checked(capability, ("model", "score"), names[0])
+    values = _checked(performance, ("model", "benchmark", "value"), names[1])
+    if "benchmark" not in scores:
+        scores["benchmark"] = "capability"
+    task = values["task"].fillna("").astype(str).str.strip() if "task" in values else ""
+    values["task"] = task
+    below, totals = values[values["task"] != ""], values[values["task"] == ""]
+    if totals.empty:
+        raise InputError(
+            "every row has a task, so no benchmark has a total", where=names[1], fix="add rows with an empty task"
+        )
+    _no_duplicates(scores, "score", names[0])
+    _no_duplicates(totals, "value", names[1])
+
+    both = [model for model in dict.fromkeys(scores["model"]) if model in set(totals["model"])]
+    if len(both) < 3:
+        raise InputError(
+            f"{len(both)} model{'s' * (len(both) != 1)} in both tables, a correlation needs at least 3",
+            where=f"{names[0]}, {names[1]}",
+            fix=_naming_hint(scores["model"], totals["model"]) or "models are joined by their exact names",
+        )
+    capabilities = tuple(dict.fromkeys(scores["benchmark"]))
+    benchmarks = tuple(dict.fromkeys(totals["benchmark"]))
+    metrics = {name: _one(totals, name, "metric") for name in benchmarks}
+    grid = _grid(totals, both, benchmarks)
+    y, successes, number = (grid(column) for column in ("value", "successes", "episodes"))
+    _check_counts(totals, names[1])
+    counts = _counts_by_task(episodes, both, names[2]) if episodes is not None else _counts_below(below, both, names[1])
+    x = _grid(scores, both, capabilities)("score")
+    return Scores(
+        models=tuple(both),
+        lineages=_lineages(scores, totals, both, names),
+        capabilities=capabilities,
+        benchmarks=benchmarks,
+        x=x,
+        y=y,
+        successes=successes,
+        episodes=number,
+        task_counts={name: table for name, table in counts.items() if name in benchmarks},
+        step_rates=_step_rates(below, both),
+        metrics=metrics,
+        units={name: _one(scores, name, "unit") for name in capabilities},
+        selection={name: _one(totals, name, "selection") for name in benchmarks},
+        unmatched=_unmatched(scores, totals, both, capabilities, benchmarks, x, y),
+        not_stated=_not_stated(scores, totals),
+    )
+
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+def _checked(frame: pd.DataFrame, required: tuple[str, ...], where: str) -> pd.DataFrame:
+    import pandas as pd
+
+    missing = [column for column in required if column not in frame.columns]
+    if missing:
+        raise InputError(
+            f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+            where=where,
+            fix=f"the table has: {', '.join(map(str, frame.columns))}",
+        )
+    frame = frame.copy()
+    for column in ("model", "benchmark"):
+        if column in frame:
+            text = frame[column].astype("string").str.strip()
+            if text.isna().any() or (text == "").any():
+                row = int(np.flatnonzero(text.isna() | (text == ""))[0]) + 1
+                raise InputError(f"row {row} has no {column}", where=where, fix="name it or leave the row out")
+            frame[column] = text.astype(object)
+    numbers = pd.to_numeric(frame[required[-1]], errors="coerce").astype(float)
+    bad = ~np.isfinite(numbers.to_numpy())
+    if bad.any():
+        row = frame.iloc[int(np.flatnonzero(bad)[0])]
+        place = " on ".join(str(row[column]) for column in ("model", "benchmark") if column in frame)
+        raise InputError(
+            f"{required[-1]} of {place} is '{row[required[-1]]}', not a finite number",
+            where=where,
+            fix="leave the row out if the value is unknown",
+        )
+    frame[required[-1]] = numbers
+    return frame
+
+
+def _no_duplicates(frame: pd.DataFrame, column: str, where: str) -> None:
+    twice = frame[frame.duplicated(["model", "benchmark"], keep=False)]
+    if twice.empty:
+        return
+    first = twice[(twice["model"] == twice["model"].iloc[0]) & (twice["benchmark"] == twice["benchmark"].iloc[0])]
+    details = ", ".join(f"{value:g}" for value in first[column])
+    if "metric" in first and first["metric"].nunique() > 1:
+        details = ", ".join(f"{row.metric} {getattr(row, column):g}" for row in first.itertuples())
+    raise InputError(
+        f"{first['model'].iloc[0]} stands {len(first)} times under {first['benchmark'].iloc[0]} ({details})",
+        where=where,
+        fix="keep one row per model and benchmark",
+    )
+
+
+def _check_counts(totals: pd.DataFrame, where: str) -> None:
+    """Impossible counts, and percentages written as fractions (or the reverse) beside others that are not."""
+    import pandas as pd
+
+    if "metric" in totals:
+        for (benchmark, metric), rows in totals.groupby(["benchmark", "metric"], sort=False):
+            top = rows["value"].max()
+            if "pct" in str(metric) and 0 < top <= 1:
+                raise InputError(
+                    f"{metric} on {benchmark} goes up to {top:g} only: these are fractions, not per cent",
+                    where=where,
+                    fix="multiply by 100, or name the metric success_rate",
+                )
+    if "successes" not in totals or "episodes" not in totals:
+        return
+    known = totals[totals["successes"].notna() & totals["episodes"].notna()]
+    for benchmark, rows in known.groupby("benchmark", sort=False):
+        successes, number = (pd.to_numeric(rows[column]).to_numpy(float) for column in ("successes", "episodes"))
+        whole = (successes % 1 == 0) & (number % 1 == 0)
+        wrong = (successes < 0) | (number <= 0) | (successes > number) | ~whole
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{successes[row]:g} successes of {number[row]:g} episodes",
+                where=f"{where}, {rows['model'].iloc[row]} on {benchmark}",
+                fix="correct the counts or leave them empty",
+            )
+        rate, value = successes / number, rows["value"].to_numpy(float)
+        percent = (np.abs(value - 100 * rate) <= 2) & (rate > 0.03)  # 3 %: below, the two readings are too close
+        fraction = (np.abs(value - rate) <= 0.02) & (rate > 0.03)
+        if percent.any() and fraction.any():
+            row = int(np.flatnonzero(fraction)[0])
+            raise InputError(
+                f"{rows['model'].iloc[row]} has {value[row]:g} on {benchmark}, a fraction among percentages",
+                where=where,
+                fix="give every value of a benchmark in the same unit",
+            )
+
+
+# --- pieces of the join -----------------------------------------------------------------------------------
+
+
+def _grid(frame: pd.DataFrame, models: list[str], benchmarks: tuple[str, ...]):
+    """column name -> (models, benchmarks) floats, NaN where the table has no such row or column."""
+    import pandas as pd
+
+    def of(column: str) -> np.ndarray:
+        if column not in frame:
+            return np.full((len(models), len(benchmarks)), np.nan)
+        numbers = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce").astype(float)})
+        wide = numbers.pivot(index="model", columns="benchmark", values=column)
+        return wide.reindex(index=models, columns=list(benchmarks)).to_numpy(dtype=float, na_value=np.nan)
+
+    return of
+
+
+def _one(frame: pd.DataFrame, benchmark: str, column: str) -> str:
+    """The value that all rows of a benchmark share in an optional text column, else several joined, else empty."""
+    if column not in frame:
+        return ""
+    found = frame.loc[frame["benchmark"] == benchmark, column].dropna().astype(str).str.strip()
+    return " / ".join(dict.fromkeys(text for text in found if text))
+
+
+def _lineages(
+    scores: pd.DataFrame, totals: pd.DataFrame, models: list[str], names: tuple[str, str, str]
+) -> tuple[str, ...]:
+    found: dict[str, tuple[str, str]] = {}
+    for frame, where in ((scores, names[0]), (totals, names[1])):
+        if "lineage" not in frame:
+            continue
+        stated = frame[frame["lineage"].notna()]
+        for model, lineage in zip(stated["model"], stated["lineage"].astype(str).str.strip(), strict=True):
+            if lineage and found.setdefault(model, (lineage, where))[0] != lineage:
+                raise InputError(
+                    f"lineage of {model} is '{found[model][0]}' and '{lineage}'",
+                    where=f"{found[model][1]}, {where}",
+                    fix="give a model one lineage",
+                )
+    return tuple(found.get(model, ("", ""))[0] for model in models)
+
+
+def _counts_below(below: pd.DataFrame, models: list[str], where: str) -> dict[str, TaskCounts]:
+    if below.empty or "successes" not in below or "episodes" not in below:
+        return {}
+    known = below[below["successes"].notna() & below["episodes"].notna()]
+    twice = known[known.duplicated(["model", "benchmark", "task"])]
+    if not twice.empty:
+        row = twice.iloc[0]
+        raise InputError(
+            f"{row['model']} has task {row['task']} of {row['benchmark']} twice", where=where, fix="keep one row"
+        )
+    _check_counts(known.assign(benchmark=known["benchmark"] + ", " + known["task"]), where)
+    return {str(name): _tabulate(rows, models) for name, rows in known.groupby("benchmark", sort=False)}
+
+
+def _counts_by_task(episodes: pd.DataFrame, models: list[str], where: str) -> dict[str, TaskCounts]:
+    missing = [column for column in ("model", "benchmark", "task", "success") if column not in episodes]
+    if missing:
+        raise InputError(f"missing columns {', '.join(missing)}", where=where)
+    if not episodes["success"].isin([0, 1]).all():
+        raise InputError("success is neither true nor false in some episode", where=where)
+    rows = episodes.assign(success=episodes["success"].astype(int))
+    counts = rows.groupby(["model", "benchmark", "task"], sort=False)["success"].agg(successes="sum", episodes="size")
+    counts = counts.reset_index()
+    return {str(name): _tabulate(rows, models) for name, rows in counts.groupby("benchmark", sort=False)}
+
+
+def _tabulate(rows: pd.DataFrame, models: list[str]) -> TaskCounts:
+    tasks = tuple(dict.fromkeys(rows["task"]))
+    wide = rows.pivot(index="model", columns="task", values=["successes", "episodes"]).astype(float)
+    one = {
+        column: wide[column].reindex(index=models, columns=list(tasks)).to_numpy(dtype=float, na_value=np.nan)
+        for column in ("successes", "episodes")
+    }
+    return TaskCounts(tasks, one["successes"], one["episodes"])
+
+
+def _step_rates(below: pd.DataFrame, models: list[str]) -> dict[str, np.ndarray]:
+    """Benchmark -> (models, 5) shares of chains with at least k tasks done, from rows with metric `step_rate`."""
+    if below.empty or "metric" not in below:
+        return {}
+    rows = below[below["metric"] == "step_rate"]
+    rates = {}
+    for name, group in rows.groupby("benchmark", sort=False):
+        wide = group.pivot(index="model", columns="task", values="value").reindex(models)
+        rates[str(name)] = wide[sorted(wide.columns)].to_numpy(float)
+    return rates
+
+
+def _unmatched(
+    scores: pd.DataFrame,
+    totals: pd.DataFrame,
+    both: list[str],
+    capabilities: tuple[str, ...],
+    benchmarks: tuple[str, ...],
+    x: np.ndarray,
+    y: np.ndarray,
+) -> dict[str, str]:
+    lacks: dict[str, str] = {}
+    for model in dict.fromkeys([*scores["model"], *totals["model"]]):
+        if model not in both:
+            lacks[model] = "no performance" if model in set(scores["model"]) else "no capability score"
+            continue
+        row = both.index(model)
+        gaps = [name for name, value in zip(capabilities, x[row], strict=True) if np.isnan(value)]
+        gaps += [name for name, value in zip(benchmarks, y[row], strict=True) if np.isnan(value)]
+        if gaps:
+            lacks[model] = "no " + ", no ".join(gaps)
+    return lacks
+
+
+def _not_stated(scores: pd.DataFrame, totals: pd.DataFrame) -> tuple[str, ...]:
+    """Optional columns that neither table fills: each one weakens what can be said."""
+
+    def filled(frame: pd.DataFrame, column: str) -> bool:
+        if column not in frame:
+            return False
+        text = frame[column].dropna().astype(str).str.strip().str.lower()
+        return bool((~text.isin(["", "unknown"])).any())
+
+    wanted = {
+        "lineage": (scores, totals),
+        "successes": (totals,),
+        "episodes": (totals,),
+        "selection": (totals,),
+        "stderr": (scores,),
+        "evaluator": (scores,),
+    }
+    return tuple(column for column, frames in wanted.items() if not any(filled(frame, column) for frame in frames))
+
+
+def _naming_hint(left: pd.Series, right: pd.Series) -> str:
+    """When names differ by spelling only, say so."""
+    for name in dict.fromkeys(left):
+        hint = nearest(str(name), map(str, set(right)))
+        if name not in set(right) and hint.startswith("did you mean"):
+            return f"'{name}' is not in the other table; {hint}"
+    return ""
