@@ -53,15 +53,17 @@ def capability_scatter(result: Correlation, *, width: float = TWO_COLUMN) -> Fig
         for ax in axes.flat[len(result.pairs) :]:
             ax.set_visible(False)
         panels = list(zip(axes.flat, result.pairs, strict=False))
-        drawn = [_panel(ax, pair, marks, name_score=len(scores) > 1) for ax, pair in panels]
-        room = int(72 * (width / columns - 0.45) / 3.3)  # letters of a heading that fit over a panel
+        drawn = [_panel(ax, pair, marks) for ax, pair in panels]
+        room = int(72 * (width / columns - 0.45) / 3.45)  # letters of a heading that fit over a panel
         headings = [_heading(pair, room) for pair in result.pairs]
         for (ax, pair), heading in zip(panels, headings, strict=True):
             _write_heading(ax, pair.benchmark, heading, max(map(len, headings)))
+        label = {name: f"{name} ({unit})" if unit else name for name, unit in result.units.items()}
         if len(scores) == 1:
-            unit = result.units.get(scores[0], "")
-            label = f"{scores[0]} ({unit})" if unit else scores[0]
-            fig.supxlabel(textwrap.fill(label, int(width * 17)), fontsize=7.5)
+            fig.supxlabel(textwrap.fill(label[scores[0]], int(width * 17)), fontsize=7.5)
+        else:
+            for ax, pair in panels:
+                ax.set_xlabel(textwrap.fill(label[pair.capability], int(room * 0.85)))
         _legend(fig, marks, width)
         fig.draw_without_rendering()
         fig.set_layout_engine("none")  # names are placed on the final layout
@@ -69,7 +71,7 @@ def capability_scatter(result: Correlation, *, width: float = TWO_COLUMN) -> Fig
             place_labels(
                 ax,
                 [(point.x, point.y) for point in pair.points],
-                [point.model.replace("-VL-", " ") for point in pair.points],
+                [_short(point.model) for point in pair.points],
                 [marks[point.lineage].colour for point in pair.points],
                 [point.interval for point in pair.points],
                 lines,
@@ -77,7 +79,7 @@ def capability_scatter(result: Correlation, *, width: float = TWO_COLUMN) -> Fig
     return fig
 
 
-def _panel(ax: Axes, pair: Pair, marks: dict[str, Mark], *, name_score: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def _panel(ax: Axes, pair: Pair, marks: dict[str, Mark]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draw one pair; returns the lines that labels should keep off."""
     x, y = (np.array([getattr(point, side) for point in pair.points]) for side in ("x", "y"))
     at = np.linspace(x.min(), x.max(), 60)
@@ -100,8 +102,6 @@ def _panel(ax: Axes, pair: Pair, marks: dict[str, Mark], *, name_score: bool) ->
             point.x, point.y, mark.marker, color=mark.colour, markeredgecolor="white", markeredgewidth=0.5, zorder=4
         )
     ax.set_ylabel(_METRICS.get(pair.metric, pair.metric or pair.benchmark))
-    if name_score:
-        ax.set_xlabel(pair.capability)
     return lines
 
 
@@ -127,7 +127,8 @@ def _heading(pair: Pair, room: int) -> list[tuple[str, str, str]]:
         ("exact p " if pair.p_method == "exact" else "p ") + (f"{p:.4f}" if p < 0.01 else f"{p:.2f}"),
     ]
     if without is not None:
-        numbers[1] += f"; without {without} r {_signed(pair.leave_one_out[without])}"
+        influence = f"without {_short(without)} r {_signed(pair.leave_one_out[without])}"
+        numbers[1:] = [both] if len(both := f"{numbers[1]}; {influence}") <= room else [numbers[1], influence]
     verdict = textwrap.wrap(pair.verdict + (f" ({pair.role})" if pair.role else ""), room)
     return [*((line, MUTED, "normal") for line in numbers), *((line, INK, "italic") for line in verdict)]
 
@@ -142,6 +143,11 @@ def _write_heading(ax: Axes, name: str, lines: list[tuple[str, str, str]], rows:
         )  # fmt: skip
         label.set_in_layout(False)
     ax.set_title(name, pad=5.5 + step * rows)
+
+
+def _short(model: str) -> str:
+    """Every model here is a VLM: its name need not say so."""
+    return model.replace("-VL-", " ")
 
 
 def _signed(value: float | None) -> str:

@@ -93,6 +93,12 @@ def gather(
     y, successes, number = (grid(column) for column in ("value", "successes", "episodes"))
     _check_counts(totals, names[1])
     counts = _counts_by_task(episodes, both, names[2]) if episodes is not None else _counts_below(below, both, names[1])
+    if episodes is not None and not set(counts) & set(benchmarks):
+        raise InputError(
+            f"episodes of {', '.join(counts)}, but performance on {', '.join(benchmarks)}",
+            where=names[2],
+            fix="the two name their benchmarks alike",
+        )
     x = _grid(scores, both, capabilities)("score")
     return Scores(
         models=tuple(both),
@@ -266,6 +272,8 @@ def _counts_by_task(episodes: pd.DataFrame, models: list[str], where: str) -> di
     if not episodes["success"].isin([0, 1]).all():
         raise InputError("success is neither true nor false in some episode", where=where)
     rows = episodes.assign(success=episodes["success"].astype(int))
+    for column in ("model", "benchmark", "task"):
+        rows[column] = rows[column].astype(str).str.strip()
     counts = rows.groupby(["model", "benchmark", "task"], sort=False)["success"].agg(successes="sum", episodes="size")
     counts = counts.reset_index()
     return {str(name): _tabulate(rows, models) for name, rows in counts.groupby("benchmark", sort=False)}

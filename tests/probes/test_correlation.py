@@ -493,3 +493,11 @@ def test_missing_columns_duplicates_names_and_lineages_are_named():
             correlate(left, right)
     with pytest.raises(InputError, match=r"no pair 'capability:d'.*known: capability:b"):
         correlate(capability, performance, primary="capability:d")
+
+
+def test_episode_rows_of_other_benchmarks_are_refused():
+    rows = pd.DataFrame({"model": ["m0"], "benchmark": ["z"], "task": ["t"], "success": [True]})
+    with pytest.raises(InputError, match="episodes of z, but performance on b"):
+        correlate(*tables([1, 2, 3, 4], {"b": [1, 3, 2, 5]}), rows)
+    with pytest.raises(InputError, match="neither true nor false"):
+        correlate(*tables([1, 2, 3, 4], {"b": [1, 3, 2, 5]}), rows.assign(success=0.5))
