@@ -1,0 +1,80 @@
+"""What the probing verbs share: a JSON result that knows whether it is up to date, short names, the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm4vla_core import folders
+from vlm4vla_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+
+def json_is_current(path: Path | None, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """True when `path` holds a result of this kind made with exactly these settings from these inputs."""
+    if path is None or not path.is_file():
+        return False
+    try:
+        found = folders.read_json(path)
+    except InputError:
+        return False
+    return isinstance(found, dict) and all(
+        found.get(key) == value
+        for key, value in (("format", f"vlm4vla-{kind}"), ("config", dict(config)), ("inputs", dict(inputs)))
+    )
+
+
+def write_result(path: Path, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str], **more: Any) -> None:
+    """Write a JSON result that `json_is_current` recognises; NaN, which JSON does not have, becomes null."""
+    value = {"format": f"vlm4vla-{kind}", "version": 1, "config": dict(config), "inputs": dict(inputs), **more}
+    folders.write_json(path, without_nan({**value, "made_by": folders.provenance()}))
+
+
+def without_nan(value: Any) -> Any:
+    """The same JSON value with NaN and infinity replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(frame: pd.DataFrame, digits: int = 3) -> str:
+    """A table for people: numbers with `digits` decimals, nothing for what is not known."""
+    return frame.to_string(index=False, float_format=lambda value: f"{value:.{digits}f}", na_rep="-")
+
+
+def short_name(checkpoint: Path) -> str:
+    """`runs/vla/checkpoints/step-000400` -> "vla step 400"; another folder's own name."""
+    if checkpoint.parent.name == "checkpoints" and checkpoint.name.startswith("step-"):
+        return f"{checkpoint.parent.parent.name} step {int(checkpoint.name.removeprefix('step-'))}"
+    return checkpoint.name
+
+
+def use_device(wanted: str) -> str:
+    """The torch device to compute on: `wanted`, or for "auto" the first GPU or else the CPU.
+
+    Raises InputError for a device that is not there.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{wanted}' cannot be used ({str(error).splitlines()[0]})", fix="use cpu") from None
+    return wanted
+
+
+def few_threads(model: nn.Module) -> None:
+    """One torch thread for a small model: on a busy machine its tiny steps lose far more to waiting than they gain."""
+    import torch
+
+    if sum(parameter.numel() for parameter in model.parameters()) < 5_000_000:
+        torch.set_num_threads(1)
