@@ -1,0 +1,150 @@
+"""The view of `feature_probe`: readouts beside their baselines, paired differences, similarity, the sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from probes.report.views.words import data_badges, model_badges, plain, signed, span
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from probes.features import Features
+    from probes.probe import Probe
+    from probes.readout import Difference
+    from probes.report.params import FeatureProbeParams
+    from probes.similarity import CkaMatrix
+    from vlm4vla_core.episodes.store import EpisodeStore
+
+TARGETS = {"gripper_xyz": "the gripper's position", "gripper_xy": "the gripper's place over the table"}
+
+
+def open_inputs(params: FeatureProbeParams) -> tuple[Features, Features, EpisodeStore]:
+    """The features in question, those they are compared with, and their store."""
+    from probes.features import Features
+    from vlm4vla_core.episodes.store import EpisodeStore
+
+    return Features.open(params.trained), Features.open(params.start), EpisodeStore.open(params.store)
+
+
+def similarity(trained: Features, start: Features, *, resamples: int, seed: int) -> CkaMatrix:
+    """Debiased CKA, layer by layer, with intervals over episodes."""
+    from probes.similarity import cka_matrix
+
+    trained.same_images(start)
+    episodes = trained.index["episode"].to_numpy()
+    layers = ({name: side.layer(name) for name in side.layers} for side in (trained, start))
+    return cka_matrix(*layers, resamples=resamples, clusters=episodes, seed=seed)
+
+
+def answer(result: Probe) -> str:
+    """One sentence: the chosen layer's readout, beside the pixels and beside the features it is compared with."""
+    readout = result.readouts[result.layer]
+    interval = "" if readout.interval is None else f" (95 % {' to '.join(map(plain, readout.interval))})"
+    text = (
+        f"From layer {result.layer} of {result.label}, a linear readout finds {TARGETS[result.target]} in held-out "
+        f"episodes with R² {plain(readout.mean)}{interval}, {readout.error_mm:.0f} mm off on average"
+    )
+    parts = [
+        _compared(
+            f"raw pixels at {_pixels()} × {_pixels()}", result.differences[f"{result.label} - pixels, {result.layer}"]
+        )
+    ]
+    if result.against:
+        key = f"{result.label} - {result.against_label}, {result.layer}"
+        parts.append(_compared(f"{result.against_label} at the same layer", result.differences[key]))
+    return f"{text}: {' and '.join(parts)}."
+
+
+def _pixels() -> int:
+    from probes.probe import PIXELS
+
+    return PIXELS
+
+
+def _compared(other: str, difference: Difference) -> str:
+    low, high = difference.interval or (None, None)
+    if low is None or high is None:
+        return f"{signed(difference.value)} against {other} (one episode, so undetermined)"
+    word = "better than" if low > 0 else "worse than" if high < 0 else "undetermined against"
+    return f"{word} {other} (difference {span(low, high)})"
+
+
+def difference_table(result: Probe) -> pd.DataFrame:
+    """Every paired comparison on the same held-out episodes."""
+    import pandas as pd
+
+    rows = [
+        {"comparison": name.replace(" - ", " − "), "difference in R²": signed(value, 3),
+         "95 % interval": None if interval is None else span(*interval, digits=3)}
+        for name, (value, interval) in result.differences.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def readout_table(result: Probe) -> pd.DataFrame:
+    """Every readout and baseline: R² with its interval, and the error."""
+    import pandas as pd
+
+    rows = []
+    for row in result.to_frame().to_dict("records"):
+        known = row["low"] == row["low"]
+        rows.append(
+            {
+                "read from": row["name"] if row["kind"] in ("features", "against") else f"{row['name']} (baseline)",
+                "layer": (row["layer"] or "–") + (" ▸" if row["chosen"] and row["kind"] == "features" else ""),
+                "R²": plain(row["r2"], 3),
+                "95 % interval": f"{plain(row['low'], 3)} to {plain(row['high'], 3)}" if known else None,
+                "error, mm": None if row["error_mm"] != row["error_mm"] else f"{row['error_mm']:.1f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def figure_words(result: Probe) -> str:
+    """What the probe figure shows, for readers who do not see it."""
+    parts = [
+        f"{row['name']} {row['layer']} {row['r2']:.2f}".replace("  ", " ")
+        for row in result.to_frame().to_dict("records")
+    ]
+    return f"R² of a linear readout of {TARGETS[result.target]}: {'; '.join(parts)}."
+
+
+def similarity_words(result: CkaMatrix) -> str:
+    """What the similarity figure shows, for readers who do not see it."""
+    parts = [f"{row.layer_a} and {row.layer_b} {row.cka:.2f}" for row in result.to_frame().itertuples()]
+    return f"Debiased CKA on {result.n} images: {'; '.join(parts)}."
+
+
+def similarity_table(result: CkaMatrix) -> pd.DataFrame:
+    """Every pair of layers: CKA, its interval, the floor of shuffled images, and the textbook estimate."""
+    import pandas as pd
+
+    rows = []
+    for row in result.to_frame().itertuples():
+        known = row.low == row.low
+        rows.append(
+            {
+                "trained": row.layer_a, "start": row.layer_b, "CKA, debiased": f"{row.cka:.3f}",
+                f"{100 * result.level:g} % interval": f"{row.low:.3f} to {row.high:.3f}" if known else None,
+                "shuffled images, below": f"{row.floor:.3f}", "CKA, textbook": f"{row.biased:.3f}",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def badges(trained: Features, start: Features, store: EpisodeStore) -> list[str]:
+    """Measured here, on whose weights and on which demonstrations."""
+    return ["measured", *data_badges(store.manifest["source"]), *model_badges(trained.manifest, start.manifest)]
+
+
+def numbers(result: Probe, alike: CkaMatrix) -> dict[str, Any]:
+    """What the page rests on, as JSON values."""
+    from probes.verbs.shared import without_nan
+
+    differences = [
+        {"name": name, "value": value, "interval": interval} for name, (value, interval) in result.differences.items()
+    ]
+    tables = {"readouts": result.to_frame(), "similarity": alike.to_frame()}
+    return dict(without_nan({"layer": result.layer, "target": result.target, "differences": differences,
+                             **{name: frame.to_dict("records") for name, frame in tables.items()}}))  # fmt: skip

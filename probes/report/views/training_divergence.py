@@ -1,0 +1,132 @@
+"""The view of `training_divergence`: weight changes and gradients per module group, the sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probes.report.views.words import data_badges, model_badges, signed, span
+from vlm4vla_core import folders
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def open_inputs(folder: Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame | None]:
+    """(the JSON, weights per group, gradients per group or None) of a folder written by `vlm4vla diverge`."""
+    from vlm4vla_core.results import read_table
+
+    manifest = folders.read_manifest(folder, "divergence", fix="make it again with `vlm4vla diverge`")
+    told = {**folders.read_json(folder / "divergence.json"), "origin": manifest.get("origin", {})}
+    gradients = folder / "gradients.parquet"
+    return told, read_table(folder / "weights.parquet"), read_table(gradients) if gradients.is_file() else None
+
+
+def answer(told: Mapping[str, Any], gradients: pd.DataFrame | None) -> str:
+    """One sentence: how far and in which direction both trainings moved, and how their gradients stand at the base."""
+    total = told["total"]
+    moved = " and ".join(
+        f"{kind} training by {'an unknown share' if total[key] is None else f'{100 * total[key]:.1f} %'}"
+        for kind, key in (("VLM", "rel_norm_a"), ("VLA", "rel_norm_c"))
+    )
+    text = f"From one base, {moved} of the weights' norm"
+    if total["cosine"] is None:
+        text += "; the angle between the two changes is undefined, since one of them is zero"
+    else:
+        null = 2 * total["null_sd"]
+        place = "outside" if abs(total["cosine"]) > null else "within"
+        text += f", in directions with cosine {signed(total['cosine'], 3)} ({place} the ±{null:.3f} of random changes)"
+    if gradients is None:
+        return f"{text}; gradients were not measured."
+    return f"{text}; {_gradient_words(gradients.set_index('group').loc['all'])}."
+
+
+def _gradient_words(row: pd.Series) -> str:
+    if row["corrected"] != row["corrected"]:
+        return "at the base the losses' gradients are below the noise of the batches, so their angle is undetermined"
+    known = row["low"] == row["low"]
+    if not known:
+        word, interval = "the sign is undetermined", "no interval"
+    else:
+        interval = f"95 % {span(row['low'], row['high'])}"
+        word = (
+            "they pull together"
+            if row["low"] > 0
+            else "they oppose each other"
+            if row["high"] < 0
+            else "the sign is undetermined"
+        )
+    cosine = f"{signed(row['corrected'])} ({interval})"
+    return f"at the base the noise-corrected cosine of the two losses' gradients is {cosine}: {word}"
+
+
+def weight_table(weights: pd.DataFrame) -> pd.DataFrame:
+    """Per module group: how far each training moved it, the cosine between the changes, and its random null."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "module group": weights["group"],
+            "parameters": [f"{n:,}" for n in weights["n_params"]],
+            "VLM change, %": _percent(weights["rel_norm_a"]),
+            "VLA change, %": _percent(weights["rel_norm_c"]),
+            "cosine": [None if value != value else signed(value, 3) for value in weights["cosine"]],
+            "random, ±2 sd": [f"{2 * value:.3f}" for value in weights["null_sd"]],
+        }
+    )
+
+
+def _percent(values: pd.Series) -> list[str | None]:
+    return [None if value != value else f"{100 * value:.2f}" for value in values]
+
+
+def gradient_table(gradients: pd.DataFrame | None) -> pd.DataFrame:
+    """Per module group: the naive and the corrected cosine, its interval, and the signal-to-noise of one half-batch."""
+    import pandas as pd
+
+    rows = []
+    for row in [] if gradients is None else gradients.to_dict("records"):
+        rows.append(
+            {
+                "module group": row["group"],
+                "naive cosine": None if row["naive"] != row["naive"] else signed(row["naive"]),
+                "corrected": None if row["corrected"] != row["corrected"] else signed(row["corrected"]),
+                "95 % interval": None if row["low"] != row["low"] else span(row["low"], row["high"]),
+                "signal to noise, VLM": f"{row['snr_a']:.2f}",
+                "signal to noise, VLA": f"{row['snr_c']:.2f}",
+                "remark": row["verdict"] or None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def figure_words(weights: pd.DataFrame) -> str:
+    """What the divergence figure shows, for readers who do not see it."""
+    return (
+        f"For {len(weights)} module groups from {weights['group'].iloc[0]} to {weights['group'].iloc[-1]}: the size of "
+        "both changes, the cosine between them with its random null, and the cosine of the losses' gradients; "
+        "the tables give the numbers."
+    )
+
+
+def gradient_words(told: Mapping[str, Any]) -> str:
+    """How the gradients were measured, for a caption."""
+    config = told["config"]
+    if not told["gradients"]:
+        return "Gradients were not measured: `vlm4vla diverge` was given no demonstrations."
+    return (
+        f"{config['batches']} independent batches of {config['batch_size']} frames per loss; {told['head']}. "
+        "Interval: bootstrap over batches; a dash where the noise leaves none."
+    )
+
+
+def badges(told: Mapping[str, Any]) -> list[str]:
+    """Measured here, on whose weights and on which demonstrations."""
+    origin = told["origin"]
+    return ["measured", *data_badges(*origin.get("data", ())), *model_badges(told)]
+
+
+def numbers(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page rests on, as JSON values."""
+    return {key: told[key] for key in ("total", "weights", "gradients", "head", "unmatched", "excluded")}

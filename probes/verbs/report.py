@@ -1,0 +1,169 @@
+"""Run parameterised notebooks and build the report site: one page per notebook, and an index over them.
+
+NOTEBOOK is a notebook that ships, the path of one of your own, `all` (every one that ships, then the index) or
+`index` (only the index). A report whose parameters, inputs, notebook and code are unchanged is not run again.
+
+Example: vlm4vla report benchmark_results -p rows runs/walk/eval/policy -p level 0.9 --out reports
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from vlm4vla_core import folders
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.progress import progress
+
+
+@dataclass(frozen=True)
+class Args:
+    notebook: Positional[str]
+    """A notebook's name or path, or `all`, or `index`."""
+    parameter: Annotated[UseAppendAction[tuple[tuple[str, str], ...]], arg(aliases=["-p"], metavar="NAME VALUE")] = ()
+    """Set a parameter of the notebook; may be given several times."""
+    file: Annotated[Path | None, arg(aliases=["-f"])] = None
+    """YAML file of parameters; `-p` goes over it. With `all`: one section per notebook."""
+    out: Path = Path("reports")
+    """Folder of the reports."""
+    jobs: int = 2
+    """Notebooks run at the same time, with `all`."""
+    json: Path | None = None
+    """Also write what was run, and each report's numbers, as JSON."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one notebook; plain values, since it crosses a process boundary."""
+
+    name: str
+    code: int  # as the process exit codes: 0 done, 1 a cell failed, 2 bad input
+    line: str
+    fresh: bool = False
+
+
+def run(args: Args) -> int:
+    from probes.report.runner import notebook_names
+    from probes.report.site import build_index
+
+    if args.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {args.jobs}")
+    given = _from_file(args.file)
+    if args.notebook == "index":
+        if given or args.parameter:
+            raise InputError("the index takes no parameters", fix="leave -p and -f out")
+        print(build_index(args.out))
+        return 0
+    if args.notebook == "all":
+        if args.parameter:
+            raise InputError(
+                "-p sets one notebook's parameter", fix="use -f with a section per notebook, or name the notebook"
+            )
+        jobs = _sections(given, notebook_names())
+    else:
+        jobs = {args.notebook: {**given, **_from_words(args)}}
+    outcomes = sorted(_run_all(jobs, args.out, args.jobs), key=lambda done: list(jobs).index(done.name))
+    for done in outcomes:
+        print(
+            done.line if done.code == 0 else f"vlm4vla report: {done.line}",
+            file=sys.stderr if done.code else sys.stdout,
+        )
+    if args.out.is_dir():  # nothing was ever written when the only input was bad
+        print(f"index: {build_index(args.out)}")
+    if args.json:
+        folders.write_json(args.json, [_record(done, args.out) for done in outcomes])
+    codes = {done.code for done in outcomes}
+    return 1 if 1 in codes else max(codes)
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError when there is none."""
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such parameter file", where=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid YAML ({' '.join(str(error).split())})", where=path) from None
+    if not isinstance(values, dict):
+        raise InputError("a parameter file holds `name: value` lines", where=path)
+    return {str(name): value for name, value in values.items()}
+
+
+def _from_words(args: Args) -> dict[str, Any]:
+    """The `-p NAME VALUE` pairs, as the types that the notebook's model wants."""
+    from probes.report.params import from_text
+    from probes.report.runner import read_notebook
+
+    model = read_notebook(args.notebook).model
+    return {name: from_text(model, name, text) for name, text in args.parameter}
+
+
+def _sections(given: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    """notebook -> parameters, of a file with one section per notebook."""
+    from vlm4vla_core.errors import nearest
+
+    for name, section in given.items():
+        if name not in names:
+            raise InputError(f"unknown notebook '{name}' in the parameter file", fix=nearest(name, names))
+        if not isinstance(section, dict):
+            raise InputError("a section of the parameter file holds `name: value` lines", where=name)
+    return {name: given.get(name, {}) for name in names}
+
+
+def _run_all(jobs: dict[str, dict[str, Any]], out: Path, parallel: int) -> Iterator[Outcome]:
+    """Run what is not up to date, each notebook in a process of its own when there are several."""
+    from probes.report.runner import read_notebook, up_to_date
+
+    missing = {}
+    for name, parameters in jobs.items():
+        try:
+            if up_to_date(notebook := read_notebook(name), parameters, out):
+                yield Outcome(name, 0, f"{out / notebook.name} is up to date")
+                continue
+        except InputError as error:
+            if len(jobs) == 1:
+                raise
+            yield Outcome(name, 2, f"{name}: {error}")
+            continue
+        missing[name] = parameters
+    if len(missing) == 1 or parallel == 1:
+        for name, parameters in missing.items():
+            yield _run_one(name, parameters, out)
+    elif missing:
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+        from multiprocessing import get_context
+
+        # spawn: a forked child would inherit this process's sockets and threads, which Jupyter's client trips over
+        with ProcessPoolExecutor(min(parallel, len(missing)), mp_context=get_context("spawn")) as pool:
+            waiting = [pool.submit(_run_one, name, parameters, out) for name, parameters in missing.items()]
+            for done in progress(as_completed(waiting), total=len(waiting), what="reports", unit="notebook"):
+                yield done.result()
+
+
+def _run_one(name: str, parameters: dict[str, Any], out: Path) -> Outcome:
+    from probes.report.runner import NotebookFailed, run_notebook
+
+    try:
+        done = run_notebook(name, parameters, out)
+    except InputError as error:
+        return Outcome(name, 2, f"{name}: {error}")
+    except NotebookFailed as error:
+        return Outcome(name, 1, str(error))
+    return Outcome(name, 0, f"{done.page}  ({done.manifest['seconds']} s)\n  {done.results['answer']}", fresh=True)
+
+
+def _record(done: Outcome, out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = {"notebook": done.name, "code": done.code, "fresh": done.fresh}
+    if done.code:
+        return {**record, "error": done.line}
+    folder = out / Path(done.name).stem
+    return {**record, "folder": str(folder), "results": folders.read_json(folder / "results.json")}
