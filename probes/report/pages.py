@@ -13,8 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probes.report.kernel import FOLDER_VARIABLE
 from probes.report.params import NotebookParams
-from probes.report.runner import FOLDER_VARIABLE, RESULTS
+from probes.report.runner import RESULTS
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError, nearest
 

@@ -48,7 +48,7 @@ class Outcome:
 
 
 def run(args: Args) -> int:
-    from probes.report.runner import notebook_names
+    from probes.report.notebook import notebook_names
     from probes.report.site import build_index
 
     if args.jobs < 1:
@@ -100,8 +100,8 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 def _from_words(args: Args) -> dict[str, Any]:
     """The `-p NAME VALUE` pairs, as the types that the notebook's model wants."""
+    from probes.report.notebook import read_notebook
     from probes.report.params import from_text
-    from probes.report.runner import read_notebook
 
     model = read_notebook(args.notebook).model
     return {name: from_text(model, name, text) for name, text in args.parameter}
@@ -121,7 +121,8 @@ def _sections(given: dict[str, Any], names: list[str]) -> dict[str, dict[str, An
 
 def _run_all(jobs: dict[str, dict[str, Any]], out: Path, parallel: int) -> Iterator[Outcome]:
     """Run what is not up to date, each notebook in a process of its own when there are several."""
-    from probes.report.runner import read_notebook, up_to_date
+    from probes.report.notebook import read_notebook
+    from probes.report.runner import up_to_date
 
     missing = {}
     for name, parameters in jobs.items():
@@ -140,17 +141,22 @@ def _run_all(jobs: dict[str, dict[str, Any]], out: Path, parallel: int) -> Itera
             yield _run_one(name, parameters, out)
     elif missing:
         from concurrent.futures import ProcessPoolExecutor, as_completed
+        from concurrent.futures.process import BrokenProcessPool
         from multiprocessing import get_context
 
         # spawn: a forked child would inherit this process's sockets and threads, which Jupyter's client trips over
         with ProcessPoolExecutor(min(parallel, len(missing)), mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(_run_one, name, parameters, out) for name, parameters in missing.items()]
+            waiting = {pool.submit(_run_one, name, parameters, out): name for name, parameters in missing.items()}
             for done in progress(as_completed(waiting), total=len(waiting), what="reports", unit="notebook"):
-                yield done.result()
+                try:
+                    yield done.result()
+                except BrokenProcessPool:
+                    yield Outcome(waiting[done], 1, f"{waiting[done]}: its process was killed (out of memory?)")
 
 
 def _run_one(name: str, parameters: dict[str, Any], out: Path) -> Outcome:
-    from probes.report.runner import NotebookFailed, run_notebook
+    from probes.report.kernel import NotebookFailed
+    from probes.report.runner import run_notebook
 
     try:
         done = run_notebook(name, parameters, out)

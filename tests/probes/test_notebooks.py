@@ -17,8 +17,9 @@ import pytest
 from blob_store import blob_store
 from statsmodels.stats.proportion import proportion_confint
 
+from probes.report.notebook import notebook_names, read_notebook
 from probes.report.params import NotebookParams
-from probes.report.runner import notebook_names, plan, read_notebook
+from probes.report.runner import plan
 from probes.report.site import ORDER
 from probes.report.views import benchmark_results, feature_probe, training_divergence
 from vlm4vla_core import folders

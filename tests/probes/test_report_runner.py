@@ -10,6 +10,8 @@ import pytest
 from small_notebook import TABLE, write_small
 
 from probes.report import runner
+from probes.report.kernel import NotebookFailed
+from probes.report.notebook import read_notebook
 from probes.report.params import (
     BenchmarkResultsParams,
     NotebookParams,
@@ -18,7 +20,7 @@ from probes.report.params import (
     from_text,
     input_fingerprint,
 )
-from probes.report.runner import NotebookFailed, read_notebook, run_notebook, up_to_date
+from probes.report.runner import run_notebook, up_to_date
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
@@ -42,7 +44,7 @@ def no_kernel(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a kernel was started")
 
-    monkeypatch.setattr(runner, "_execute", refuse)
+    monkeypatch.setattr(runner, "execute", refuse)
 
 
 def test_a_run_is_whole_and_an_unchanged_one_is_not_repeated(small, tmp_path, monkeypatch):
@@ -70,7 +72,7 @@ def test_a_run_is_whole_and_an_unchanged_one_is_not_repeated(small, tmp_path, mo
     def refuse(*_, **__):
         raise AssertionError("run again")
 
-    monkeypatch.setattr(runner, "_execute", refuse)
+    monkeypatch.setattr(runner, "execute", refuse)
     again = run_notebook(small, {"factor": 3.0}, "out")
     assert not again.fresh
     assert again.manifest == manifest

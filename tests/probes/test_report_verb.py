@@ -92,7 +92,7 @@ def test_several_notebooks_run_in_processes_of_their_own(here):
 
 def test_all_runs_what_ships_and_tells_of_each_missing_input(here, capsys, monkeypatch):
     """Where the walk has not been walked, only what rests on shipped tables is run; the rest says what it lacks."""
-    from probes.report.runner import notebook_names
+    from probes.report.notebook import notebook_names
 
     ran = {}
 

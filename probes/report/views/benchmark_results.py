@@ -112,9 +112,8 @@ def readable(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     import pandas as pd
 
     if "task" in table:
-        table = table.sort_values(
-            "task", key=lambda tasks: tasks.map({t: i for i, t in enumerate(tasks.unique())}), kind="stable", ignore_index=True
-        )
+        order = {task: i for i, task in enumerate(table["task"].unique())}
+        table = table.sort_values("task", key=lambda tasks: tasks.map(order), kind="stable", ignore_index=True)
     shown = ("task", "policy") if "task" in table else ("policy", "execute")
     columns: dict[str, object] = {name: table[name] for name in shown if name in table}
     columns["success, %"] = [f"{100 * rate:.1f}" for rate in table["rate"]]
