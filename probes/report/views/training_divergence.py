@@ -26,11 +26,11 @@ def open_inputs(folder: Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFram
 def answer(told: Mapping[str, Any], gradients: pd.DataFrame | None) -> str:
     """One sentence: how far and in which direction both trainings moved, and how their gradients stand at the base."""
     total = told["total"]
-    moved = " and ".join(
-        f"{kind} training by {'an unknown share' if total[key] is None else f'{100 * total[key]:.1f} %'}"
-        for kind, key in (("VLM", "rel_norm_a"), ("VLA", "rel_norm_c"))
+    vlm, vla = (
+        "an unknown share" if total[key] is None else f"{100 * total[key]:.1f} %"
+        for key in ("rel_norm_a", "rel_norm_c")
     )
-    text = f"From one base, {moved} of the weights' norm"
+    text = f"From one base, VLM training moved the weights by {vlm} of their norm and VLA training by {vla}"
     if total["cosine"] is None:
         text += "; the angle between the two changes is undefined, since one of them is zero"
     else:
@@ -50,13 +50,8 @@ def _gradient_words(row: pd.Series) -> str:
         word, interval = "the sign is undetermined", "no interval"
     else:
         interval = f"95 % {span(row['low'], row['high'])}"
-        word = (
-            "they pull together"
-            if row["low"] > 0
-            else "they oppose each other"
-            if row["high"] < 0
-            else "the sign is undetermined"
-        )
+        signs = {(True, False): "they pull together", (False, True): "they oppose each other"}
+        word = signs.get((row["low"] > 0, row["high"] < 0), "the sign is undetermined")
     cosine = f"{signed(row['corrected'])} ({interval})"
     return f"at the base the noise-corrected cosine of the two losses' gradients is {cosine}: {word}"
 
