@@ -263,8 +263,8 @@ def test_training_divergence(tmp_path, monkeypatch):
     results = play("training_divergence", tmp_path / "out", monkeypatch, divergence=str(made))
     assert results["answer"] == (
         "From one base, VLM training moved the weights by 12.3 % of their norm and VLA training by 45.6 %, in "
-        "directions with cosine +0.310 (outside the ±0.100 of random changes); at the base the noise-corrected cosine of the two "
-        "losses' gradients is −0.40 (95 % −0.60 to −0.20): they oppose each other."
+        "directions with cosine +0.310 (outside the ±0.100 of random changes); at the base the noise-corrected "
+        "cosine of the two losses' gradients is −0.40 (95 % −0.60 to −0.20): they oppose each other."
     )
     assert [badge["key"] for badge in results["badges"]] == ["measured", "scripted", "tiny-random"]
 
