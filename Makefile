@@ -37,8 +37,8 @@ report: $(STAMP)
 	$(VLM) evaluate mean-action --data $(WALK)/demos --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/mean-action
 	$(VLM) evaluate $(WALK)/vla --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/vla
 	$(VLM) evaluate $(WALK)/vla/checkpoints/step-000000 --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/untrained
-	$(VLM) features $(WALK)/vla --data $(WALK)/demos --out $(WALK)/features-trained
-	$(VLM) features $(WALK)/vla/checkpoints/step-000000 --data $(WALK)/demos --out $(WALK)/features-start
+	$(VLM) features $(WALK)/vla --data $(WALK)/demos --out $(WALK)/features-trained --pool grid
+	$(VLM) features $(WALK)/vla/checkpoints/step-000000 --data $(WALK)/demos --out $(WALK)/features-start --pool grid
 	$(VLM) probe $(WALK)/features-trained --against $(WALK)/features-start --data $(WALK)/demos --target gripper_xyz --json $(WALK)/probe.json
 	$(VLM) similarity $(WALK)/features-trained $(WALK)/features-start --json $(WALK)/similarity.json
 	$(VLM) diverge --base $(WALK)/vla/checkpoints/step-000000 --vlm $(WALK)/vlm --vla $(WALK)/vla \

@@ -204,6 +204,7 @@ def extract(
         folders.write_manifest(
             folder, KIND, config=config, inputs=inputs, frames=len(rows),
             layers=names, model_layers=available, widths=widths, label=label,
+            origin={"model": backbone.lineage.get("source", ""), "data": [store.manifest["source"]]},
         )  # fmt: skip
     return Features.open(out)
 

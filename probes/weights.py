@@ -45,7 +45,7 @@ class Weights:
 
     def group_of(self, name: str) -> str:
         """The module group of a parameter: by the family, or by the first numbered part of its name."""
-        found = module_group(self.family, name) if self.family else None
+        found = self.family.group_of(name) if self.family else None
         return found or _numbered_part(name)
 
 
@@ -98,6 +98,15 @@ def weights_fingerprint(path: Path) -> str:
     return folders.fingerprint([folders.file_fingerprint(file) for file in files])
 
 
+def model_source(path: Path) -> str:
+    """What model a checkpoint's weights once came from, such as "tiny qwen2_5_vl"; a published folder's own name."""
+    folder = weight_files(path)[0].parent
+    if (folder / folders.MANIFEST).is_file():
+        manifest = folders.read_manifest(folder, checkpoint.KIND)
+        return str(manifest["facts"]["lineage"].get("source", ""))
+    return folder.name
+
+
 def _family(folder: Path) -> FamilySpec | None:
     """The family that config.json names, in this project's layout or Hugging Face's; None when it names none."""
     from vlm4vla_core.families import family, family_of
@@ -118,29 +127,11 @@ def readable_name(name: str, family: FamilySpec | None = None) -> str:
     path = name
     for prefix in _PREFIXES:
         path = path.removeprefix(prefix)
-    if family and module_group(family, path) is None:
+    if family and family.group_of(path) is None:
         above = family.layers.split(".")[0]  # "model.layers.0…" of older files is "language_model.layers.0…"
-        if module_group(family, f"{above}.{path}"):
+        if family.group_of(f"{above}.{path}"):
             return f"{above}.{path}"
     return path
-
-
-def module_group(family: FamilySpec, name: str) -> str | None:
-    """ "vision.embed", "vision.0"…, "projector", "embeddings", "decoder.0"…, "decoder.norm", "lm_head", or None.
-
-    The groups of `Backbone.groups()`, from the name alone, so that no model need be built.
-    """
-    if name.split(".")[0] == "lm_head":
-        return "lm_head"
-    single = {family.patch_embed: "vision.embed", family.projector: "projector"}
-    single |= {family.embeddings: "embeddings", family.norm: "decoder.norm"}
-    for module, group in single.items():
-        if name.startswith(module + "."):
-            return group
-    for module, part in ((family.blocks, "vision"), (family.layers, "decoder")):
-        if name.startswith(module + "."):
-            return f"{part}.{name.removeprefix(module + '.').split('.')[0]}"
-    return None
 
 
 def _numbered_part(name: str) -> str:

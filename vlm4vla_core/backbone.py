@@ -277,18 +277,10 @@ class Backbone(nn.Module):
         return {name: self._group(name) for name, _ in self.named_parameters()}
 
     def _group(self, name: str) -> str:
-        if name in ("query", "lm_head"):
-            return name
-        path, spec = name.removeprefix("base."), self.spec
-        single = {spec.patch_embed: "vision.embed", spec.projector: "projector"}
-        single |= {spec.embeddings: "embeddings", spec.norm: "decoder.norm"}
-        for module, group in single.items():
-            if path.startswith(module + "."):
-                return group
-        for module, part in ((spec.blocks, "vision"), (spec.layers, "decoder")):
-            if path.startswith(module + "."):
-                return f"{part}.{path.removeprefix(module + '.').split('.')[0]}"
-        raise ValueError(f"parameter {name} belongs to no module group of {spec.name}")
+        group = "query" if name == "query" else self.spec.group_of(name.removeprefix("base."))
+        if group is None:
+            raise ValueError(f"parameter {name} belongs to no module group of {self.spec.name}")
+        return group
 
     # --- saving
 

@@ -96,6 +96,21 @@ class FamilySpec:
     raster: Callable[[Tensor, Geometry, bool], Tensor]  # (features (B, n, C), geometry, merged) -> raster order
     tiny_config: Callable[[dict[str, int]], Any]  # (special token -> id, and "vocab") -> config
 
+    def group_of(self, name: str) -> str | None:
+        """Module group of a parameter, by its name in the headless base: "vision.embed", "vision.0"…, "projector",
+        "embeddings", "decoder.0"…, "decoder.norm", "lm_head"; None when it belongs to none."""
+        if name.split(".")[0] == "lm_head":
+            return "lm_head"
+        single = {self.patch_embed: "vision.embed", self.projector: "projector"}
+        single |= {self.embeddings: "embeddings", self.norm: "decoder.norm"}
+        for module, group in single.items():
+            if name.startswith(module + "."):
+                return group
+        for module, part in ((self.blocks, "vision"), (self.layers, "decoder")):
+            if name.startswith(module + "."):
+                return f"{part}.{name.removeprefix(module + '.').split('.')[0]}"
+        return None
+
 
 def families() -> list[str]:
     """Names of the families that can be loaded."""

@@ -5,7 +5,7 @@ relative size of both changes and the cosine between them. Gradients (with --vla
 the base, from independent half-batches; the naive cosine, and the one corrected for mini-batch noise.
 
 Example: vlm4vla diverge --base runs/walk/vla/checkpoints/step-000000 --vlm runs/walk/vlm --vla runs/walk/vla
-         --vla-data runs/walk/store --out runs/walk/divergence
+         --vla-data runs/walk/demos --out runs/walk/divergence
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    from probes.weights import weights_fingerprint
+    from probes.weights import model_source, weights_fingerprint
 
     if args.vlm_data and not args.vla_data:
         raise InputError("--vlm-data without --vla-data", fix="gradients need both objectives; give --vla-data too")
@@ -85,7 +85,8 @@ def run(args: Args) -> int:
                 policy.to(device), stores["vlm_data"], stores["vla_data"], batches=args.batches,
                 batch_size=args.batch_size, seed=args.seed, memory_gb=args.memory_gb, progress=bar.update,
             )  # fmt: skip
-    _write(args.out, weights, gradients, head, config, inputs)
+    origin = {"model": model_source(args.base), "data": sorted({store.manifest["source"] for store in stores.values()})}
+    _write(args.out, weights, gradients, head, config, inputs, origin)
     _print(weights, gradients, head)
     print(f"tables, figure and JSON in {args.out}")
     _json(args)
@@ -117,6 +118,7 @@ def _write(
     head: str,
     config: dict[str, Any],
     inputs: dict[str, str],
+    origin: dict[str, Any],
 ) -> None:
     from probes.divergence import describe
     from probes.figures_probe import divergence_figure
@@ -137,7 +139,7 @@ def _write(
             gradients=[] if gradient_frame is None else gradient_frame.to_dict("records"),
             head=head, all_pairs=gradients.all_pairs if gradients else None,
         )  # fmt: skip
-        folders.write_manifest(folder, "divergence", config=config, inputs=inputs)
+        folders.write_manifest(folder, "divergence", config=config, inputs=inputs, origin=origin)
 
 
 def _print(weights: WeightDivergence, gradients: GradientDivergence | None, head: str) -> None:

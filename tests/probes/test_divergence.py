@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from probes import divergence, gradients
 from probes.divergence import gradient_divergence, weight_divergence
 from probes.gradients import cosine_from_gram, gradient_cosines
-from probes.weights import module_group, network_order, readable_name
+from probes.weights import network_order, readable_name
 from vlm4vla_core.actions import BRIDGE, TABLETOP
 from vlm4vla_core.backbone import tiny
 from vlm4vla_core.cli import main
@@ -170,7 +170,7 @@ def test_groups_are_those_of_the_backbone() -> None:
     for name, group in backbone.groups().items():
         path = readable_name(f"backbone.{name}", backbone.spec)
         assert path == name.removeprefix("base.")
-        assert group == "query" or module_group(backbone.spec, path) == group
+        assert group == "query" or backbone.spec.group_of(path) == group
     in_order = sorted(["decoder.10", "decoder.norm", "vision.embed", "embeddings", "vision.2", "decoder.9", "vision.0"],
                       key=network_order)  # fmt: skip
     assert in_order == ["vision.embed", "vision.0", "vision.2", "embeddings", "decoder.9", "decoder.10", "decoder.norm"]

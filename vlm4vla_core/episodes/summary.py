@@ -138,7 +138,8 @@ def contact_sheet(
     draw, font, tiny = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     for place, episode in enumerate(chosen):
         top = gap + place * row_height
-        steps = np.linspace(0, store.lengths[episode] - 1, frames).round().astype(int)
+        length = int(store.lengths[episode])
+        steps = np.linspace(0, length - 1, min(frames, length)).round().astype(int)
         text = _fitting(f"{episode}: {store.instructions[episode] or '(no instruction)'}", draw, font, sheet.width)
         draw.text((gap, top + 1), text, fill="black", font=font)
         pictures = images.resize(store.images(camera, store.starts[episode] + steps), cell)
