@@ -88,7 +88,7 @@ def row_labels(folder: Path) -> dict[str, Any]:
         "params_b": round(facts["parameters"] / 1e9, 6),
         "init": lineage["init"],
         "freeze": "+".join(manifest["config"].get("freeze", [])) or "none",
-        "aux": "+".join(lineage.get("stages", [])) or "none",
+        "aux": "+".join(stage for stage in lineage.get("stages", []) if stage != "action") or "none",
         "train_seed": manifest["config"].get("seed"),
         "step": manifest.get("step"),
         "note": "tiny random model" if lineage["source"].startswith("tiny ") else None,

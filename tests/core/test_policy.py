@@ -1,0 +1,151 @@
+"""Head and policy: the paper's parameter counts, losses against a slow reference, real units, nothing of training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlm4vla_core.actions import TABLETOP, ActionConvention
+from vlm4vla_core.backbone import tiny
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.heads import GRIPPER_WEIGHTS, FCHead, action_losses
+from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+
+Q01 = (-0.05, -0.04, -0.03, 0.0, -0.02, -0.2, 0.0)
+Q99 = (0.06, 0.05, 0.03, 0.0, 0.02, 0.3, 1.0)
+INVERTED = replace(TABLETOP, gripper_open=-1.0, gripper_closed=1.0)
+TEXTS = ["move left", "touch the red cube", "push the blue ball to the right"]
+
+
+def pictures(count: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+
+
+def make(convention: ActionConvention = TABLETOP, chunk: int = 4, seed: int = 0) -> VLAPolicy:
+    config = PolicyConfig(chunk=chunk, convention=convention, q01=Q01, q99=Q99, camera="front", width=32)
+    return VLAPolicy(tiny(seed=seed, image_size=56), config, seed=seed).eval()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "chunk", "millions"),
+    [
+        (2048, 10, 6.579), (2048, 4, 6.568), (2304, 10, 7.268), (2304, 4, 7.257), (2560, 10, 8.022),
+        (2560, 4, 8.011), (3584, 10, 11.693), (3584, 4, 11.683), (4096, 10, 13.922), (4096, 4, 13.912),
+    ],
+)  # fmt: skip
+def test_the_head_has_the_size_of_the_paper(hidden: int, chunk: int, millions: float):
+    count = hidden + sum(parameter.numel() for parameter in FCHead(hidden, chunk, 6).parameters())
+    assert round(count / 1e6, 3) == millions
+
+
+def test_losses_equal_a_slow_reference():
+    rng = np.random.default_rng(0)
+    arm, targets = rng.uniform(-1, 1, (3, 4, 6)), rng.uniform(-2.5, 2.5, (3, 4, 6))
+    logits, opens = rng.normal(size=(3, 4)), rng.integers(0, 2, (3, 4)).astype(float)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+    huber, entropy = [], []
+    for b, c in zip(*np.nonzero(mask), strict=True):
+        for error in np.abs(arm[b, c] - targets[b, c]):
+            huber.append(0.5 * error**2 if error <= 1 else error - 0.5)
+        p = 1 / (1 + np.exp(-logits[b, c]))
+        entropy.append(-(opens[b, c] * np.log(p) + (1 - opens[b, c]) * np.log(1 - p)))
+    values = [torch.tensor(value) for value in (arm, logits, targets, opens)]
+    losses = action_losses(*values, torch.tensor(mask), gripper_weight=GRIPPER_WEIGHTS["paper_equation"])
+    assert losses["arm"].item() == pytest.approx(np.mean(huber), rel=1e-6)
+    assert losses["gripper"].item() == pytest.approx(np.mean(entropy), rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(np.mean(huber) + np.mean(entropy), rel=1e-6)
+    code = action_losses(*values, torch.tensor(mask))
+    assert code["loss"].item() == pytest.approx(np.mean(huber) + 0.01 * np.mean(entropy), rel=1e-6)
+
+
+def test_padded_steps_do_not_count():
+    policy, rng = make(), np.random.default_rng(1)
+    chunks = rng.uniform(-0.03, 0.03, (3, 4, 7)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool)
+    other = chunks.copy()
+    other[~mask] = 0.05
+    same = [policy(policy.collate(pictures(), TEXTS, value, mask))["loss"] for value in (chunks, other)]
+    assert same[0] == same[1]
+
+
+def test_targets_are_normalised_by_the_recorded_quantiles():
+    policy = make(INVERTED)
+    low, high = np.array(Q01, np.float32), np.array(Q99, np.float32)
+    chunks = np.stack([low, high, (low + high) / 2, 2 * high])[None].repeat(3, 0)  # (3, 4, 7)
+    chunks[..., -1] = [-1, 1, -1, 1]
+    batch = policy.collate(pictures(), TEXTS, chunks, np.ones((3, 4), bool))
+    expected = np.array([[-1, -1, -1, 0, -1, -1], [1, 1, 1, 0, 1, 1], [0] * 6, [1, 1, 1, 0, 1, 1]], np.float32)
+    np.testing.assert_allclose(batch["arm_targets"][0], expected, atol=1e-5)
+    assert batch["gripper_targets"][0].tolist() == [1, 0, 1, 0]  # open is -1 here
+
+
+@pytest.mark.parametrize("convention", [TABLETOP, INVERTED])
+def test_predictions_are_in_real_units_and_deterministic(convention: ActionConvention):
+    policy = make(convention).train()
+    one, two = policy.predict(pictures(), TEXTS), policy.predict(pictures(), TEXTS)
+    assert policy.training and one.actions.shape == (3, 4, 7) and one.actions.dtype == np.float32
+    assert np.array_equal(one.actions, two.actions)
+    assert (one.actions[..., :-1] >= np.array(Q01, np.float32)[:-1] - 1e-6).all()
+    assert (one.actions[..., :-1] <= np.array(Q99, np.float32)[:-1] + 1e-6).all()
+    assert (one.actions[..., 3] == 0).all()  # a dimension that never varied
+    expected = np.where(one.gripper_open >= 0.5, convention.gripper_open, convention.gripper_closed)
+    assert np.array_equal(one.actions[..., -1], expected)
+    alone = policy.predict(pictures()[:1], TEXTS[:1])
+    np.testing.assert_allclose(alone.actions[0], one.actions[0], atol=1e-6)
+
+
+def test_head_outputs_map_back_to_the_targets():
+    policy = make()
+    chunks = np.random.default_rng(2).uniform(-0.02, 0.02, (3, 4, 7)).astype(np.float32)
+    chunks[..., 3], chunks[..., -1] = 0, np.arange(12).reshape(3, 4) % 2
+    batch = policy.collate(pictures(), TEXTS, chunks, np.ones((3, 4), bool))
+    back = policy.actions(batch["arm_targets"], 20 * batch["gripper_targets"] - 10)
+    np.testing.assert_allclose(back.actions, chunks, atol=1e-6)
+
+
+def test_the_start_of_the_backbone_does_not_depend_on_the_head():
+    before = torch.get_rng_state()
+    wide, narrow = make(chunk=8).backbone.state_dict(), make(chunk=1).backbone.state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, narrow[name]) for name, value in wide.items())
+
+
+def test_new_parameters_are_query_and_head():
+    policy = make()
+    new, share = policy.new_parameters()
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    backbone = sum(parameter.numel() for name, parameter in policy.named_parameters() if ".base." in name)
+    assert new == total - backbone and share == pytest.approx(new / total)
+
+
+def test_a_saved_policy_predicts_the_same_in_another_process_without_training_code(tmp_path: Path):
+    policy = make(seed=3)
+    policy.save(tmp_path / "ck")
+    expected = policy.predict(pictures(), TEXTS).actions
+    np.save(tmp_path / "images.npy", pictures())
+    code = (
+        "import sys, numpy as np, torch; torch.set_num_threads(1)\n"
+        "from vlm4vla_core.policy import VLAPolicy\n"
+        f"p = VLAPolicy.load({str(tmp_path / 'ck')!r})\n"
+        f"images = np.load({str(tmp_path / 'images.npy')!r})\n"
+        f"np.save({str(tmp_path / 'out.npy')!r}, p.predict(images, {TEXTS!r}).actions)\n"
+        "assert 'vlm4vla_core.training' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_what_does_not_fit_is_refused():
+    policy = make()
+    with pytest.raises(InputError, match=r"actions \(3, 5, 7\).*do not fit a head for \(3, 4, 7\)"):
+        policy.collate(pictures(), TEXTS, np.zeros((3, 5, 7), np.float32), np.ones((3, 5), bool))
+    with pytest.raises(InputError, match="q01 has 2 values for 7"):
+        replace(policy.config, q01=(0.0, 1.0))
+    with pytest.raises(InputError, match="unknown head 'flow'"):
+        replace(policy.config, head="flow")
