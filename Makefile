@@ -27,21 +27,25 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.
 # Every verb does nothing when its product is there and its inputs have not changed.
-PROTOCOL := tabletop-abc-d@0
+TASKS := --tasks move touch
+ROLLOUTS := --benchmark tabletop-abc-d@0 $(TASKS) --episodes 50
+START := $(WALK)/vla/checkpoints/step-000000
 report: $(STAMP)
-	$(VLM) record tabletop --episodes 400 --out $(WALK)/demos
+	$(VLM) record tabletop $(TASKS) --episodes 800 --out $(WALK)/demos
 	$(VLM) train tiny --data $(WALK)/demos --out $(WALK)/vla
 	$(VLM) train tiny --data $(WALK)/demos --out $(WALK)/vlm --objective language
-	for baseline in random zero scripted; do \
-		$(VLM) evaluate $$baseline --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/$$baseline || exit; done
-	$(VLM) evaluate mean-action --data $(WALK)/demos --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/mean-action
-	$(VLM) evaluate $(WALK)/vla --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/vla
-	$(VLM) evaluate $(WALK)/vla/checkpoints/step-000000 --benchmark $(PROTOCOL) --episodes 25 --out $(WALK)/eval/untrained
-	$(VLM) features $(WALK)/vla --data $(WALK)/demos --out $(WALK)/features-trained --pool grid
-	$(VLM) features $(WALK)/vla/checkpoints/step-000000 --data $(WALK)/demos --out $(WALK)/features-start --pool grid
-	$(VLM) probe $(WALK)/features-trained --against $(WALK)/features-start --data $(WALK)/demos --target gripper_xyz --json $(WALK)/probe.json
+	$(VLM) evaluate random $(ROLLOUTS) --out $(WALK)/eval/random
+	$(VLM) evaluate zero $(ROLLOUTS) --out $(WALK)/eval/zero
+	$(VLM) evaluate mean-action --data $(WALK)/demos $(ROLLOUTS) --out $(WALK)/eval/mean-action
+	$(VLM) evaluate scripted $(ROLLOUTS) --out $(WALK)/eval/scripted
+	$(VLM) evaluate $(START) $(ROLLOUTS) --out $(WALK)/eval/untrained
+	$(VLM) evaluate $(WALK)/vla $(ROLLOUTS) --out $(WALK)/eval/vla
+	$(VLM) features $(START) --data $(WALK)/demos --pool grid --out $(WALK)/features-start
+	$(VLM) features $(WALK)/vla --data $(WALK)/demos --pool grid --out $(WALK)/features-trained
+	$(VLM) probe $(WALK)/features-trained --against $(WALK)/features-start --data $(WALK)/demos \
+		--target gripper_xyz --json $(WALK)/probe.json
 	$(VLM) similarity $(WALK)/features-trained $(WALK)/features-start --json $(WALK)/similarity.json
-	$(VLM) diverge --base $(WALK)/vla/checkpoints/step-000000 --vlm $(WALK)/vlm --vla $(WALK)/vla \
+	$(VLM) diverge --base $(START) --vlm $(WALK)/vlm --vla $(WALK)/vla \
 		--vlm-data $(WALK)/demos --vla-data $(WALK)/demos --out $(WALK)/divergence
 	$(VLM) correlate --json $(WALK)/correlate.json --plot $(WALK)/correlate.png
 	$(VLM) report all --out reports
