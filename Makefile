@@ -40,8 +40,8 @@ report: $(STAMP)
 	$(VLM) evaluate scripted $(ROLLOUTS) --out $(WALK)/eval/scripted
 	$(VLM) evaluate $(START) $(ROLLOUTS) --out $(WALK)/eval/untrained
 	$(VLM) evaluate $(WALK)/vla $(ROLLOUTS) --out $(WALK)/eval/vla
-	$(VLM) features $(START) --data $(WALK)/demos --pool grid --out $(WALK)/features-start
-	$(VLM) features $(WALK)/vla --data $(WALK)/demos --pool grid --out $(WALK)/features-trained
+	$(VLM) features $(START) --data $(WALK)/demos --pool grid --max-frames 1500 --out $(WALK)/features-start
+	$(VLM) features $(WALK)/vla --data $(WALK)/demos --pool grid --max-frames 1500 --out $(WALK)/features-trained
 	$(VLM) probe $(WALK)/features-trained --against $(WALK)/features-start --data $(WALK)/demos \
 		--target gripper_xyz --json $(WALK)/probe.json
 	$(VLM) similarity $(WALK)/features-trained $(WALK)/features-start --json $(WALK)/similarity.json
