@@ -26,7 +26,7 @@ from vlm4vla_core.results import EPISODE_COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from vlm4vla_core.sims.benchmark import BatchedEnv, Benchmark
+    from vlm4vla_core.sims.benchmarks import BatchedEnv, Benchmark
 
 BASELINES = ("random", "zero", "mean-action", "scripted")
 

@@ -62,3 +62,17 @@ def test_the_core_imports_nothing_of_the_probes() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_exported_names_are_no_modules_whatever_was_imported_before() -> None:
+    code = (
+        "import importlib, pkgutil, types, vlm4vla_core\n"
+        "for module in pkgutil.walk_packages(vlm4vla_core.__path__, 'vlm4vla_core.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "for name in vlm4vla_core.__all__:\n"
+        "    assert callable(getattr(vlm4vla_core, name)), name\n"
+        "assert vlm4vla_core.families() == vlm4vla_core.families()\n"
+        "vlm4vla_core.tiny(image_size=56), vlm4vla_core.tiny(image_size=56)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

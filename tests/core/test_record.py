@@ -11,7 +11,7 @@ import pytest
 from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import EpisodeStore
-from vlm4vla_core.sims.benchmark import is_evaluation_seed
+from vlm4vla_core.sims.benchmarks import is_evaluation_seed
 from vlm4vla_core.sims.tabletop import demos, tasks, world
 from vlm4vla_core.sims.tabletop.render import render
 

@@ -11,8 +11,8 @@ import pytest
 
 from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.sims import benchmark, benchmarks
-from vlm4vla_core.sims.benchmark import is_evaluation_seed, recording_seed
+from vlm4vla_core.sims import PROTOCOLS, benchmark
+from vlm4vla_core.sims.benchmarks import is_evaluation_seed, recording_seed
 from vlm4vla_core.sims.tabletop import tasks, world
 from vlm4vla_core.sims.tabletop.expert import expert
 
@@ -179,7 +179,7 @@ def test_domains_of_the_protocols() -> None:
     assert set(counts) == {"A", "B", "C"} and min(counts.values()) > 8
 
 
-@pytest.mark.parametrize("protocol", benchmarks())
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_description_is_plain_json_and_complete(protocol: str) -> None:
     bench = benchmark(protocol)
     told = bench.describe()

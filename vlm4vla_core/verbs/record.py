@@ -89,7 +89,7 @@ def _record(args: Args, tasks: tuple[str, ...], config: dict[str, Any]) -> float
     """Make and write the demonstrations and print what came of them; returns frames per second."""
     from vlm4vla_core.actions import TABLETOP
     from vlm4vla_core.episodes.store import write_store
-    from vlm4vla_core.sims.benchmark import SEED_RULE
+    from vlm4vla_core.sims.benchmarks import SEED_RULE
     from vlm4vla_core.sims.tabletop import demos
 
     began = time.perf_counter()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm4vla_core.episodes.store import Episode
-from vlm4vla_core.sims.benchmark import recording_seed
+from vlm4vla_core.sims.benchmarks import recording_seed
 from vlm4vla_core.sims.tabletop import tasks as families
 from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.expert import expert

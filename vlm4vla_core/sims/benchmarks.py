@@ -166,7 +166,7 @@ class BatchedEnv:
         return expert(self.state, self.goal)
 
 
-_REGISTRY = {
+PROTOCOLS: dict[str, Benchmark] = {
     bench.protocol: bench
     for bench in (
         Benchmark("tabletop-abc-d", 0, "tabletop, looks A, B, C for training, unseen look D for the test",
@@ -177,13 +177,8 @@ _REGISTRY = {
 }  # fmt: skip
 
 
-def benchmarks() -> list[str]:
-    """Protocols that `benchmark` knows."""
-    return list(_REGISTRY)
-
-
 def benchmark(protocol: str) -> Benchmark:
     """The protocol of this name with version, such as "tabletop-abc-d@0". Raises InputError naming the known ones."""
-    if protocol not in _REGISTRY:
-        raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, _REGISTRY))
-    return _REGISTRY[protocol]
+    if protocol not in PROTOCOLS:
+        raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, PROTOCOLS))
+    return PROTOCOLS[protocol]
