@@ -10,8 +10,9 @@ success rates, so it is part of the result and never chosen on the test episodes
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,19 +112,19 @@ def check_conventions(policy: ActionConvention, benchmark: ActionConvention, *, 
 def rollout(
     benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]], *, parallel: int = 64
 ) -> Iterator[dict[str, Any]]:
-    """Run the episodes `cells` = [(task, episode), …] and yield one row (a dict of EPISODE_COLUMNS) for each.
+    """Run the episodes `cells` = [(task, episode), …] and yield one row (a dict of EPISODE_COLUMNS) for each, in order.
 
     parallel: episodes stepped together; the outcome of an episode does not depend on it.
+    wall_s: the group's time shared out evenly, since its episodes run together.
     """
-    bar = progress(total=len(cells), what=f"evaluate {actor.labels['model']}", unit="episode")
-    with bar:
+    with progress(total=len(cells), what=f"evaluate {actor.labels['model']}", unit="episode") as bar:
         for start in range(0, len(cells), parallel):
-            group = cells[start : start + parallel]
-            yield from _rollout_group(benchmark, actor, group)
-            bar.update(len(group))
+            yield from _rollout_group(benchmark, actor, cells[start : start + parallel], bar.update)
 
 
-def _rollout_group(benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def _rollout_group(
+    benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]], finished: Callable[[int], Any]
+) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     tasks = [task for task, _ in cells]
     seeds = [benchmark.env_seed(task, episode) for task, episode in cells]
@@ -135,7 +136,6 @@ def _rollout_group(benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str
     steps = np.zeros(len(cells), int)
     running = np.ones(len(cells), bool)
     any_step = benchmark.success_rule == "any_step"
-    chunk = np.zeros((len(cells), 1, benchmark.convention.size))
     for t in range(int(limits.max())):
         rows = np.flatnonzero(running)
         if not len(rows):
@@ -144,7 +144,8 @@ def _rollout_group(benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str
         if phase == 0:
             fresh = actor.act(env, rows, rngs)  # (R, chunk, A)
             if not np.isfinite(fresh).all():
-                raise InputError("the policy returned NaN or infinite actions", where=actor.labels["model"])
+                what = "the policy returned NaN or infinite actions"
+                raise InputError(what, where=actor.labels["model"], fix="use an earlier checkpoint")
             chunk = np.zeros((len(cells), *fresh.shape[1:]))
             chunk[rows] = fresh
         actions = np.zeros((len(cells), benchmark.convention.size))
@@ -156,6 +157,7 @@ def _rollout_group(benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str
         running &= steps < limits
         if any_step:
             running &= ~ever
+        finished(len(rows) - int(running.sum()))
     seconds = (time.perf_counter() - began) / len(cells)
     for i, (task, episode) in enumerate(cells):
         row = dict.fromkeys(EPISODE_COLUMNS)
@@ -183,20 +185,22 @@ def evaluate(
 
     policy: a checkpoint or run folder, or one of BASELINES (`mean-action` needs `data`, a store).
     tasks: a subset of the benchmark's tasks, all when empty. episodes: per task, numbered from 0.
-    execute: actions of a chunk carried out before replanning; None means the whole chunk.
+    execute: actions of a chunk carried out before replanning; None means the protocol's own number, else the chunk.
     Returns all rows of `out`, old and new. Raises InputError on unknown names, mismatched conventions,
-    or when `out` holds rows of another policy or protocol.
+    or when `out` holds rows of another policy or protocol, or no rows at all.
     """
     from vlm4vla_core.sims import benchmark as find_benchmark
 
     bench = find_benchmark(protocol)
-    chosen = tuple(tasks) or bench.tasks
+    chosen = tuple(dict.fromkeys(tasks)) or bench.tasks
     for task in chosen:
         if task not in bench.tasks:
             raise InputError(f"{protocol} has no task '{task}'", fix=nearest(task, bench.tasks))
     if episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {episodes}")
     cells = [(task, episode) for task in chosen for episode in range(episodes)]
+    if str(policy) in BASELINES and execute is not None:
+        raise InputError(f"{policy} predicts one action at a time", fix="leave --execute out")
     name, inputs = _identify(policy, data)
     config = {"policy": name, "benchmark": bench.describe(), "execute": execute}
     rows = _finished(out, config, inputs)
@@ -205,11 +209,10 @@ def evaluate(
     if rows is not None and not missing:
         return rows
     actor = _make_actor(policy, bench, execute, data)
-    frames = [] if rows is None else [rows]
+    fresh = rollout(bench, actor, missing, parallel=parallel)
     # One write per group keeps a killed evaluation's finished episodes.
-    for start in range(0, len(missing), parallel):
-        frames.append(_frame(list(rollout(bench, actor, missing[start : start + parallel], parallel=parallel))))
-        rows = _save(out, frames, config, inputs)
+    while group := list(islice(fresh, parallel)):
+        rows = _save(out, rows, group, config, inputs)
     assert rows is not None
     return rows
 
@@ -226,16 +229,16 @@ def _identify(policy: str | Path, data: Path | None) -> tuple[str, dict[str, str
 
     try:
         folder = checkpoint.resolve(Path(policy))
-    except InputError as error:
+    except InputError:
         if not Path(policy).exists():
             fix = f"give a checkpoint or run folder, or one of {', '.join(BASELINES)}"
             raise InputError("no such checkpoint", where=policy, fix=fix) from None
-        raise error
+        raise
     return "checkpoint", {"checkpoint": folders.read_manifest(folder, "checkpoint")["fingerprint"]}
 
 
 def _store_fingerprint(store: Path) -> str:
-    return str(folders.read_manifest(store, "episodes", name="dataset.json")["fingerprint"])
+    return str(folders.read_manifest(store, "episodes", name=folders.STORE_MANIFEST)["fingerprint"])
 
 
 def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data: Path | None) -> Actor:
@@ -259,22 +262,19 @@ def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data:
     model = VLAPolicy.load(folder)
     check_conventions(model.config.convention, bench.convention, where=folder)
     chunk = model.config.chunk
-    if execute is not None and not 1 <= execute <= chunk:
-        raise InputError(f"--execute {execute} does not fit the policy's chunk of {chunk}", where=folder)
-    return PolicyActor(model, execute or chunk, checkpoint.row_labels(folder))
-
-
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows, columns=list(EPISODE_COLUMNS))
+    carried_out = next(length for length in (execute, bench.execute, chunk) if length is not None)
+    if not 1 <= carried_out <= chunk:
+        fix = f"give --execute between 1 and {chunk}"
+        raise InputError(f"--execute {carried_out} does not fit the policy's chunk of {chunk}", where=folder, fix=fix)
+    return PolicyActor(model, carried_out, checkpoint.row_labels(folder))
 
 
 def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.DataFrame | None:
-    """Rows already in `out`, None when there are none; refuses a folder of another evaluation."""
+    """Rows already in `out`, None when there are none; refuses a folder of another evaluation, or of anything else."""
     import pandas as pd
 
     if not (out / folders.MANIFEST).exists():
+        folders.check_replaceable(out)
         return None
     manifest = folders.read_manifest(out, "rollouts")
     if manifest["config"] != config or manifest["inputs"] != inputs:
@@ -286,10 +286,18 @@ def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.D
     return pd.read_parquet(out / "rows.parquet")
 
 
-def _save(out: Path, frames: list[pd.DataFrame], config: dict[str, Any], inputs: dict[str, str]) -> pd.DataFrame:
+def _save(
+    out: Path,
+    old: pd.DataFrame | None,
+    fresh: list[dict[str, Any]],
+    config: dict[str, Any],
+    inputs: dict[str, str],
+) -> pd.DataFrame:
+    """Write old and fresh rows as the new content of `out`; returns them."""
     import pandas as pd
 
-    parts = [frame.astype(object) for frame in frames]
+    added = pd.DataFrame(fresh, columns=list(EPISODE_COLUMNS), dtype=object)
+    parts = [added] if old is None else [old.astype(object), added]
     rows = pd.concat(parts, ignore_index=True).convert_dtypes()
     with folders.new_folder(out) as folder:
         rows.to_parquet(folder / "rows.parquet", index=False)

@@ -26,6 +26,7 @@ from vlm4vla_core.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+STORE_MANIFEST = "dataset.json"  # what an episode store calls its manifest
 _VERSIONED = ("vlm4vla", "torch", "transformers", "numpy", "pandas", "pyarrow", "scipy")
 
 
@@ -50,7 +51,7 @@ def shipped(relative: str) -> Path:
 
 def fingerprint(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str, allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -116,6 +117,8 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
+    if not (project_root() / ".git").exists():  # installed as a wheel: a repository around it is another project's
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "-C", str(project_root()), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
@@ -199,16 +202,27 @@ def current(
     except InputError:
         return False
     wanted = json.loads(json.dumps({"config": dict(config), "inputs": dict(inputs)}, default=_plain))
-    return manifest["config"] == wanted["config"] and manifest["inputs"] == wanted["inputs"]
+    return manifest.get("config") == wanted["config"] and manifest.get("inputs") == wanted["inputs"]
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError when `folder` is there and holds something that is no product of a verb."""
+    if not folder.exists() or any((folder / name).is_file() for name in (MANIFEST, STORE_MANIFEST)):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        what = "already holds something that is no finished product of vlm4vla"
+        raise InputError(what, where=folder, fix="give another --out, or remove it")
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `final`; on success flush and rename it into place, else remove it.
 
-    An older folder under the final name is replaced only after the new one is whole.
+    An older product under the final name is replaced only after the new one is whole; anything else that stands
+    there (a run with its checkpoints, a user's own folder) is refused with an InputError before the work begins.
     """
-    final = Path(final)
+    final = Path(final).resolve()  # of a link the target is replaced, not the link
+    check_replaceable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

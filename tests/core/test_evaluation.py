@@ -47,6 +47,7 @@ class LineBenchmark:
     tasks: tuple[str, ...] = ("near", "far")
     convention: ActionConvention = LINE
     action_limit: tuple[float, ...] = (1.0,) * 7
+    execute: int | None = None
 
     @property
     def step_limits(self) -> dict[str, int]:
@@ -172,6 +173,60 @@ def test_killed_evaluation_keeps_finished_groups(tmp_path: Path, line_world: lis
     assert len(rows) == 8
 
 
+def test_a_task_named_twice_is_run_once(tmp_path: Path, line_world: list[int]) -> None:
+    rows = evaluation.evaluate("zero", "line@1", tmp_path / "rows", tasks=["near", "near"], episodes=2)
+    assert len(rows) == 2
+
+
+def test_a_folder_of_something_else_is_refused_before_any_episode(tmp_path: Path, line_world: list[int]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no finished product.*give another --out"):
+        evaluation.evaluate("zero", "line@1", tmp_path / "run", episodes=1)
+    assert line_world == [] and (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vlm4vla_core.backbone import tiny
+    from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+
+    config = PolicyConfig(chunk=3, convention=LINE, q01=(0.0,) * 7, q99=(1.0,) * 7, camera="front", width=16)
+    folder = tmp_path_factory.mktemp("policy") / "ck"
+    VLAPolicy(tiny(image_size=56), config).save(folder)
+    return folder
+
+
+def test_a_policy_s_rows_are_its_own_closed_loop(tmp_path: Path, line_world: list[int], policy: Path) -> None:
+    from vlm4vla_core import folders
+    from vlm4vla_core.policy import VLAPolicy
+
+    rows = evaluation.evaluate(policy, "line@1", tmp_path / "rows", tasks=["near"], episodes=2, execute=2)
+    assert list(rows.columns) == list(EPISODE_COLUMNS)
+    assert set(rows["execute"]) == {2} and set(rows["note"]) == {"tiny random model"}
+    assert set(rows["run_id"]) == {folders.read_manifest(policy, "checkpoint")["fingerprint"]}
+    # The slow way: one episode at a time, by hand, through `predict` alone.
+    model = VLAPolicy.load(policy)
+    for episode in range(2):
+        env = LineBenchmark().env(["near"], [episode])
+        for step in range(6):
+            if step % 2 == 0:
+                chunk = model.predict(env.observe(np.array([0])), ["near"]).actions[0]
+            env.step(chunk[None, step % 2])
+            if env.success()[0]:
+                break
+        row = rows[rows["episode"] == episode].iloc[0]
+        assert (bool(row["success"]), int(row["steps"])) == (bool(env.success()[0]), step + 1)
+
+
+def test_the_execute_length_is_asked_for_or_the_protocol_s_or_the_chunk(policy: Path) -> None:
+    assert evaluation._make_actor(policy, LineBenchmark(), None, None).execute == 3
+    assert evaluation._make_actor(policy, LineBenchmark(execute=2), None, None).execute == 2
+    assert evaluation._make_actor(policy, LineBenchmark(execute=2), 1, None).execute == 1
+    with pytest.raises(InputError, match="between 1 and 3"):
+        evaluation._make_actor(policy, LineBenchmark(), 4, None)
+
+
 def test_rows_of_another_policy_are_not_mixed_in(tmp_path: Path, line_world: list[int]) -> None:
     evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=1)
     with pytest.raises(InputError, match="another policy"):
@@ -186,6 +241,7 @@ def test_rows_of_another_policy_are_not_mixed_in(tmp_path: Path, line_world: lis
         (["zero", "--benchmark", "tabletop-abc-d@0", "--tasks", "tuoch"], "did you mean 'touch'"),
         (["zero", "--benchmark", "tabletop-abc-d@0", "--episodes", "0"], "at least 1"),
         (["mean-action", "--benchmark", "tabletop-abc-d@0"], "--data STORE"),
+        (["zero", "--benchmark", "tabletop-abc-d@0", "--execute", "2"], "one action at a time"),
     ],
 )
 def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,36 @@ def test_a_killed_write_leaves_the_old_folder_and_no_new_one(tmp_path: Path) -> 
         raise RuntimeError("killed")
     assert (tmp_path / "out" / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "thesis.txt", "checkpoints/step-000000/manifest.json"])
+def test_what_is_no_product_is_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(InputError, match=r"no finished product.*give another --out"):
+        _product(tmp_path / "out")
+    assert (tmp_path / "out" / name).read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    _product(tmp_path / "empty")
+
+
+def test_a_link_is_followed_and_stays_a_link(tmp_path: Path) -> None:
+    _product(tmp_path / "disk", "old")
+    (tmp_path / "out").symlink_to("disk")
+    _product(tmp_path / "out", "new")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "a.txt").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "out"}
+
+
+def test_the_commit_is_this_project_s_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path / "site-packages")
+    assert folders.provenance()["commit"] == "unknown"
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
+    assert len(folders.provenance()["commit"]) == 40
 
 
 def test_manifest_lists_every_file_with_its_true_hash(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vlm4vla_core.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-KIND, MANIFEST = "episodes", "dataset.json"
+KIND, MANIFEST = "episodes", folders.STORE_MANIFEST
 STEPS_PER_SHARD = 4096
 _STEP_COLUMNS = ("episode", "step", "state", "action")
 

@@ -68,12 +68,12 @@ def run(args: Args) -> None:
     for path in progress(dataset.files(splits), what="fingerprints", unit="file"):
         inputs[path.name] = f"{path.stat().st_size} bytes, sha256 {folders.file_fingerprint(path)}"
     rate = None
-    if folders.current(args.out, "episodes", config=config, inputs=inputs, name="dataset.json"):
+    if folders.current(args.out, "episodes", config=config, inputs=inputs, name=folders.STORE_MANIFEST):
         print(f"{args.out} is up to date")
     else:
         rate = _convert(args, dataset, config, inputs)
     if args.json:
-        manifest = folders.read_json(args.out / "dataset.json")
+        manifest = folders.read_json(args.out / folders.STORE_MANIFEST)
         wanted = ("source", "transform", "counts", "cameras", "account", "fingerprint")
         folders.write_json(
             args.json, {"store": args.out, **{key: manifest.get(key) for key in wanted}, "frames_per_s": rate}

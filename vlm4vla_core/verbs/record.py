@@ -45,12 +45,12 @@ class Args:
 def run(args: Args) -> int:
     tasks, config = _check(args)
     rate = None
-    if folders.current(args.out, "episodes", config=config, inputs={}, name="dataset.json"):
+    if folders.current(args.out, "episodes", config=config, inputs={}, name=folders.STORE_MANIFEST):
         print(f"{args.out} is up to date")
     else:
         rate = _record(args, tasks, config)
     if args.json:
-        manifest = folders.read_json(args.out / "dataset.json")
+        manifest = folders.read_json(args.out / folders.STORE_MANIFEST)
         wanted = ("source", "config", "counts", "cameras", "account", "fingerprint")
         summary = {"store": args.out, **{key: manifest[key] for key in wanted}, "frames_per_s": rate}
         folders.write_json(args.json, summary)
