@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_IMAGES = 4  # the unbiased estimator divides by n (n - 3)
+GRAM_IMAGES = 8192  # up to here a whole Gram matrix (float64, 512 MiB) is held where that is the faster way
+_ROWS, _FEW_ROWS = 512, 64  # rows of Gram matrices that are worked on at once; few stay in the processor's cache
 
 
 class Cka(NamedTuple):
@@ -98,7 +99,8 @@ def cka_matrix(
     resamples: bootstrap over images, or over `clusters` (n,) of them: frames of one episode resemble each other,
     and drawn one by one they make the interval too narrow. A pair that repeats an image is left out of the
     resampled sums, since it would bring the bias back. permutations: shuffled images for the floor.
-    Cost of the bootstrap: resamples n² per pair of layers, in blocks of rows. Raises InputError as `cka`.
+    The floor takes images for exchangeable: frames of one episode are not, so it is a low bar.
+    Cost per pair of layers: n² d for the bootstrap, and resamples u² for its u units. Raises InputError as `cka`.
     """
     xs = {name: centred(value, name) for name, value in a.items()}
     ys = {name: centred(value, name) for name, value in b.items()}
@@ -110,13 +112,14 @@ def cka_matrix(
     orders = [rng.permutation(n) for _ in range(permutations)]
     own_x, own_y = ([_own(value) for value in group.values()] for group in (xs, ys))
     value, biased, floor = (np.full((len(xs), len(ys)), np.nan) for _ in range(3))
-    for (i, x), (j, y) in product(enumerate(xs.values()), enumerate(ys.values())):
-        plain, permuted = _inner(x, y), _permuted_hsic(x, y, orders)
-        scale = np.sqrt(own_x[i].hsic * own_y[j].hsic)
-        value[i, j] = _hsic(x, y, plain) / scale
-        biased[i, j] = plain / np.sqrt(own_x[i].inner * own_y[j].inner)
-        if orders:
-            floor[i, j] = np.quantile(permuted / scale, 0.95)
+    for j, y in enumerate(ys.values()):
+        shuffled = _permuted_hsic(list(xs.values()), y, orders)  # (La, permutations)
+        for i, x in enumerate(xs.values()):
+            plain, scale = _inner(x, y), np.sqrt(own_x[i].hsic * own_y[j].hsic)
+            value[i, j] = _hsic(x, y, plain) / scale
+            biased[i, j] = plain / np.sqrt(own_x[i].inner * own_y[j].inner)
+            if orders:
+                floor[i, j] = np.quantile(shuffled[i] / scale, 0.95)
     low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
     if resamples:
         units = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
@@ -187,14 +190,26 @@ def _hsic(x: np.ndarray, y: np.ndarray, inner: float) -> float:
     return total / (n * (n - 3))
 
 
-def _permuted_hsic(x: np.ndarray, y: np.ndarray, orders: list[np.ndarray]) -> np.ndarray:
-    """Unbiased HSIC of x with the images of y in other orders, (len(orders),)."""
-    if not orders:
-        return np.empty(0)
-    if len(x) >= max(x.shape[1], y.shape[1]):
-        return np.array([_hsic(x, y[order], _inner(x, y[order])) for order in orders])
-    gram_x, gram_y = x @ x.T, y @ y.T
-    return np.array([_hsic(x, y[order], float(np.vdot(gram_x, gram_y[np.ix_(order, order)]))) for order in orders])
+def _permuted_hsic(xs: list[np.ndarray], y: np.ndarray, orders: list[np.ndarray]) -> np.ndarray:
+    """Unbiased HSIC of every x with the images of y in other orders, (len(xs), len(orders)).
+
+    Through the d x d products, or by putting y's Gram matrix in order, which beats them where the features are wide.
+    """
+    n, width = len(y), max(x.shape[1] for x in xs)
+    inner = np.zeros((len(xs), len(orders)))
+    if n < max(width, y.shape[1]) or (n <= GRAM_IMAGES and 20 * n < width * y.shape[1]):
+        gram = y @ y.T if orders else np.empty(0)
+        for start in range(0, n if orders else 0, _FEW_ROWS):
+            rows, right = slice(start, start + _FEW_ROWS), slice(start, None)
+            blocks = [_twice_right(x[rows] @ x[right].T) for x in xs]
+            for p, order in enumerate(orders):
+                shuffled = gram[order[rows]].take(order[right], axis=1)
+                inner[:, p] += [np.vdot(block, shuffled) for block in blocks]
+    else:
+        for p, order in enumerate(orders):
+            inner[:, p] = [np.square(x.T @ y[order]).sum() for x in xs]
+    found = [[_hsic(x, y[order], inner[i, p]) for p, order in enumerate(orders)] for i, x in enumerate(xs)]
+    return np.array(found).reshape(inner.shape)
 
 
 def _bootstrap(
@@ -204,23 +219,31 @@ def _bootstrap(
 
     units (n,): 0..U-1, the unit of every image. Sums of products of U-centred Gram entries over pairs of different
     images. A pair from two units counts as often as both were drawn, w v; a pair within one unit w times, not w².
-    The centring stays that of all images: its effect on the estimate is of second order.
+    The centring stays that of all images: its effect on the estimate is of second order. Weights belong to units,
+    so the products are added up by unit first and only then weighted.
     """
-    n, count = len(xs[0]), int(units.max()) + 1
+    order = np.argsort(units, kind="stable")  # images of a unit side by side
+    xs, ys, units = [x[order] for x in xs], [y[order] for y in ys], units[order]
+    n, count = len(units), int(units[-1]) + 1
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)  # (R, U)
-    weights, repeats = drawn[:, units], drawn**2 - drawn  # (R, n), (R, U)
+    repeats = drawn**2 - drawn
     cross = np.zeros((resamples, len(xs), len(ys)))
     own_x, own_y = np.zeros((resamples, len(xs))), np.zeros((resamples, len(ys)))
-    for start in range(0, n, 512):
-        rows = slice(start, min(start + 512, n))
-        same = units[rows, None] == units if count < n else None
+    for start in range(0, n, _ROWS):
+        rows = slice(start, min(start + _ROWS, n))
+        row_starts = np.flatnonzero(np.diff(units[rows], prepend=-1))  # where the next unit begins
+        starts = np.flatnonzero(np.diff(units[start:], prepend=-1))
+        mine, theirs = slice(units[start], units[rows.stop - 1] + 1), slice(units[start], None)
         gram_x, gram_y = [_u_centred(x, rows) for x in xs], [_u_centred(y, rows) for y in ys]
 
-        def pairs(entries: np.ndarray, rows: slice = rows, same: np.ndarray | None = same) -> np.ndarray:
-            total = ((weights[:, rows] @ entries) * weights).sum(1)  # (R,)
-            if same is None:  # a unit is one image, and the diagonal is zero already
-                return total
-            return total - repeats @ np.bincount(units[rows], (entries * same).sum(1), minlength=count)
+        def pairs(
+            entries: np.ndarray,
+            by: tuple[np.ndarray, np.ndarray] = (starts, row_starts),
+            mine: slice = mine,
+            theirs: slice = theirs,
+        ) -> np.ndarray:
+            sums = np.add.reduceat(np.add.reduceat(_twice_right(entries), by[0], axis=1), by[1], axis=0)
+            return ((drawn[:, mine] @ sums) * drawn[:, theirs]).sum(1) - repeats[:, mine] @ np.diagonal(sums)  # (R,)
 
         for i, gx in enumerate(gram_x):
             own_x[:, i] += pairs(gx * gx)
@@ -232,8 +255,15 @@ def _bootstrap(
 
 
 def _u_centred(x: np.ndarray, rows: slice) -> np.ndarray:
-    """Rows of the U-centred Gram matrix (Székely and Rizzo 2014), zero on its diagonal, (rows, n)."""
+    """Rows of the U-centred Gram matrix (Székely and Rizzo 2014) from their diagonal, zero, to the right."""
     n, k = len(x), np.square(x).sum(1)
-    block = x[rows] @ x.T + (k[rows, None] + k) / (n - 2) - k.sum() / ((n - 1) * (n - 2))
-    block[np.arange(len(block)), np.arange(n)[rows]] = 0.0
+    block = x[rows] @ x[rows.start :].T
+    block += (k[rows, None] + k[rows.start :]) / (n - 2) - k.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(block, 0.0)
+    return block
+
+
+def _twice_right(block: np.ndarray) -> np.ndarray:
+    """Rows of a symmetric matrix from the diagonal on; what is right of it stands for its mirror image too."""
+    block[:, len(block) :] *= 2
     return block

@@ -89,6 +89,11 @@ def _own_kernel(folder: Path, scratch: Path, beside: Path) -> type:
         def __init__(self, **settings: Any) -> None:
             super().__init__(connection_file=str(scratch / "kernel.json"), **transport, **settings)
 
+        async def _async_interrupt_kernel(self) -> None:
+            """Jupyter interrupts even an idle kernel before it asks it to end; the kernel then complains on stderr."""
+            if not self.shutting_down:
+                await super()._async_interrupt_kernel()
+
     return OwnKernel
 
 

@@ -51,8 +51,15 @@ def test_a_run_is_whole_and_an_unchanged_one_is_not_repeated(small, tmp_path, mo
     monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))  # neither kernels nor startup files of a user are needed
     Path("out").mkdir()
     Path("out/small.failed.ipynb").touch()  # of an earlier run
+    signals: list[int] = []
+
+    async def note(self, signum):
+        signals.append(signum)
+
+    monkeypatch.setattr("jupyter_client.manager.KernelManager._async_signal_kernel", note)
     done = run_notebook(small, {"factor": 3.0}, "out")
     assert done.fresh
+    assert signals == []  # the kernel is asked to end; an interrupt would make it complain on stderr
     assert [path.name for path in Path("out").iterdir()] == ["small"]
     assert {path.name for path in done.folder.iterdir()} == {
         "small.ipynb", "small.html", "results.json", "manifest.json", "figure.svg", "figure.png",

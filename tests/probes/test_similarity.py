@@ -7,6 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from probes import similarity
 from probes.similarity import _bootstrap, _hsic, _inner, _permuted_hsic, centred, cka, cka_matrix
 from vlm4vla_core.errors import InputError
 
@@ -82,9 +83,22 @@ def test_both_routes_agree() -> None:
     assert _inner(wide, y) == pytest.approx(_inner(x, y), rel=1e-12)
     assert cka(wide, y).value == pytest.approx(cka(x, y).value, rel=1e-10)
     orders = [rng.permutation(30) for _ in range(3)]
-    np.testing.assert_allclose(_permuted_hsic(wide, y, orders), _permuted_hsic(x, y, orders), rtol=1e-10)
-    shuffled = _hsic(x, y[orders[0]], _inner(x, y[orders[0]]))
-    assert _permuted_hsic(x, y, orders)[0] == pytest.approx(shuffled, rel=1e-10)
+    got = _permuted_hsic([x, wide], y, orders)
+    assert got.shape == (2, 3) and _permuted_hsic([x], y, []).shape == (1, 0)
+    np.testing.assert_allclose(got[1], got[0], rtol=1e-10)
+    np.testing.assert_allclose(_permuted_hsic([x], y, orders), got[:1], rtol=1e-10)
+    for order, value in zip(orders, got[0], strict=True):
+        assert value == pytest.approx(_hsic(x, y[order], _inner(x, y[order])), rel=1e-10)
+
+
+def test_permuted_gram_in_many_pieces_is_the_plain_product() -> None:
+    """Wide features go through the Gram matrix, more rows than one piece holds."""
+    rng = np.random.default_rng(11)
+    xs = [centred(rng.normal(size=(150, d)), "x") for d in (80, 30)]
+    y, order = centred(rng.normal(size=(150, 90)), "y"), rng.permutation(150)
+    assert 20 * 150 < 80 * 90 and 2 * similarity._FEW_ROWS < 150
+    wanted = [_hsic(x, y[order], float(np.square(x.T @ y[order]).sum())) for x in xs]
+    np.testing.assert_allclose(_permuted_hsic(xs, y, [order])[:, 0], wanted, rtol=1e-9)
 
 
 def test_float32_far_from_zero_is_computed_in_float64() -> None:
@@ -129,11 +143,16 @@ def test_bootstrap_with_every_image_once_is_the_estimate() -> None:
         assert draws[0, 0, 0] == pytest.approx(cka(x, y).value, rel=1e-10)
 
 
-def test_drawn_pairs_equal_a_literal_sum() -> None:
-    """Pairs of different images; w v between units, w within one; the U-centring is that of all images."""
+@pytest.mark.parametrize("units", [np.repeat(np.arange(4), 3), np.array([2, 0, 3, 1, 1, 0, 2, 2, 3, 2, 0, 1])])
+def test_drawn_pairs_equal_a_literal_sum(units: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of different images; w v between units, w within one; the U-centring is that of all images.
+
+    Units cross the pieces that the Gram matrices are worked on in, and need not stand side by side.
+    """
+    monkeypatch.setattr(similarity, "_ROWS", 5)
     rng = np.random.default_rng(9)
     x, y = centred(rng.normal(size=(12, 3)), "x"), centred(rng.normal(size=(12, 4)), "y")
-    units, drawn = np.repeat(np.arange(4), 3), np.array([2.0, 0.0, 1.0, 1.0])
+    drawn = np.array([2.0, 0.0, 1.0, 1.0])
 
     class Drawn:
         def multinomial(self, n: int, p: np.ndarray, size: int) -> np.ndarray:
