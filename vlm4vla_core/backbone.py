@@ -390,9 +390,10 @@ def load_backbone(
     """Load a VLM as a backbone: a Hugging Face folder or hub id, or a checkpoint or run folder of this project.
 
     init: "pretrained", or "scratch" to draw all weights anew by the library's default, from `seed` (recorded).
-    dtype: of the base; fp32 when left out (master weights). attn: attention implementation; the family's choice when
-    left out. image_size: pixels per side; the family's (or the checkpoint's) when left out. language_head: also load
-    an untied output layer, for `language_loss`.
+    dtype: of the base; fp32 (master weights), or the checkpoint's, when left out. attn: attention implementation; the
+    family's choice, or the checkpoint's, when left out. image_size: pixels per side; the family's (or the checkpoint's)
+    when left out. language_head: also load an untied output layer of a Hugging Face model, for `language_loss`; a
+    checkpoint of this project has it or has it not.
     Raises InputError when the path cannot be had (offline, gated, missing shard), the family is unknown, a weight is
     missing or left over, or a weight is not finite.
     """
@@ -402,7 +403,7 @@ def load_backbone(
     if init not in ("pretrained", "scratch"):
         raise InputError(f"unknown init '{init}'", fix="use 'pretrained' or 'scratch'")
     if checkpoint.looks_like_one(Path(path)):
-        return checkpoint.reload(Path(path), init=init, seed=seed, dtype=dtype, image_size=image_size)
+        return checkpoint.reload(Path(path), init=init, seed=seed, dtype=dtype, attn=attn, image_size=image_size)
     base, tokenizer, spec, head = read_base(
         str(path), family_of, init=init, seed=seed, dtype=dtype, attn=attn, language_head=language_head
     )

@@ -36,7 +36,7 @@ def step_folder(run: Path, step: int) -> Path:
 def complete(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     whole = []
-    for folder in sorted((Path(run) / "checkpoints").glob("step-*")):
+    for folder in sorted((Path(run) / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name)):
         try:
             folders.read_manifest(folder, KIND)
         except InputError:
@@ -80,18 +80,19 @@ def row_labels(folder: Path) -> dict[str, Any]:
     train_seed, step, note (see `results.EPISODE_COLUMNS`)."""
     manifest = folders.read_manifest(folder, KIND)
     facts, lineage = manifest["facts"], manifest["facts"]["lineage"]
+    source = lineage.get("source", "unknown")
     return {
         "run_id": manifest["fingerprint"],
-        "model": lineage["source"],
+        "model": source,
         "family": facts["family"],
         "lineage": facts["family"],
         "params_b": round(facts["parameters"] / 1e9, 6),
-        "init": lineage["init"],
+        "init": lineage.get("init"),
         "freeze": "+".join(manifest["config"].get("freeze", [])) or "none",
         "aux": "+".join(stage for stage in lineage.get("stages", []) if stage != "action") or "none",
         "train_seed": manifest["config"].get("seed"),
         "step": manifest.get("step"),
-        "note": "tiny random model" if lineage["source"].startswith("tiny ") else None,
+        "note": "tiny random model" if source.startswith("tiny ") else None,
     }
 
 
@@ -181,7 +182,9 @@ def load_backbone(path: Path, device: str = "cpu") -> Backbone:
     return backbone.to(device).eval()
 
 
-def reload(path: Path, *, init: str, seed: int, dtype: torch.dtype | None, image_size: int | None) -> Backbone:
+def reload(
+    path: Path, *, init: str, seed: int, dtype: torch.dtype | None, attn: str | None, image_size: int | None
+) -> Backbone:
     """`load_backbone` with some of its settings changed; init="scratch" draws the base's weights anew."""
     folder, description = _describe(path)
     changed = dict(description["backbone"])
@@ -189,6 +192,8 @@ def reload(path: Path, *, init: str, seed: int, dtype: torch.dtype | None, image
         changed["image_size"] = image_size
     if dtype is not None:
         changed["dtype"] = str(dtype).removeprefix("torch.")
+    if attn is not None:
+        changed["attention"] = attn
     if init == "pretrained":
         backbone = _build(folder, {**description, "backbone": changed})
         fill(backbone, folder, "backbone.")

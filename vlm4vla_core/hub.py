@@ -105,7 +105,7 @@ def check_report(report: dict[str, Any], spec: FamilySpec, path: str) -> None:
     for what, names in problems.items():
         if names:
             listing = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            fix = "the model would be partly random"
+            fix = "the model would be partly random, so fetch the checkpoint again"
             raise InputError(f"{len(names)} weights {what}: {listing}", where=path, fix=fix)
     if errors := report.get("error_msgs"):
         raise InputError(str(errors[0]).splitlines()[0], where=path)

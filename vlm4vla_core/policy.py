@@ -35,8 +35,11 @@ class ActionChunk:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """What a policy must remember. q01, q99: (A,) of the training actions. camera: the store's camera trained on.
-    head: "fc". width: of the head. huber_delta, gripper_weight: of the loss (see `heads`)."""
+    """What a policy must remember.
+
+    q01, q99: (A,) of all actions of the store trained on. camera: the store's camera trained on.
+    head: "fc". width: of the head. huber_delta, gripper_weight: of the loss (see `heads`).
+    """
 
     chunk: int
     convention: ActionConvention

@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -102,14 +103,21 @@ def _refuse_changes(out: Path, identity: dict[str, Any], inputs: dict[str, str])
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which the system drops when the process ends, however it ends."""
+    """Hold the run folder's lock, which the system drops when the process ends, however it ends.
+
+    A folder in which nothing came to be is taken away again.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError("another process is training in this folder", where=out, fix="wait for it") from None
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == [".lock"]:
+                shutil.rmtree(out)
 
 
 # --- the objectives -------------------------------------------------------------------------------------
@@ -200,12 +208,10 @@ def _start(config: TrainConfig) -> Backbone:
             image_size=config.image_size,
             language_head=config.objective == "language",
         )
-        backbone.lineage.setdefault("stages", [])
-    stages = [*backbone.lineage.get("stages", []), config.objective]
-    backbone.lineage["stages"] = stages
+    backbone.lineage["stages"] = [*backbone.lineage.get("stages", []), config.objective]
     prefixes = tuple(prefix for part in config.freeze for prefix in _PARTS[part])
     for name, group in backbone.groups().items():
-        backbone.get_parameter(name).requires_grad_(not group.startswith(prefixes) if prefixes else True)
+        backbone.get_parameter(name).requires_grad_(not group.startswith(prefixes))
     return backbone
 
 
@@ -240,7 +246,8 @@ def _optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optim
 def train(config: TrainConfig, data: Path | str, out: Path | str) -> Path:
     """Train as `config` says on the store `data`, in the run folder `out`; returns the last checkpoint's folder.
 
-    An interrupted run goes on from its newest whole checkpoint, a finished one is left as it is.
+    An interrupted run goes on from its newest whole checkpoint, a finished one is left as it is. Actions are
+    normalised by the quantiles of the whole store, held-out episodes included, as in OpenVLA.
     Raises InputError on bad data or settings, when `out` holds another run, when another process is training there,
     and when the loss stops being finite (the last good checkpoint stays).
     """
@@ -250,8 +257,9 @@ def train(config: TrainConfig, data: Path | str, out: Path | str) -> Path:
     inputs, identity = run_inputs(config, data), config.identity()
     store = EpisodeStore.open(data)
     camera = _camera(config, store)
+    _refuse_changes(out, identity, inputs)  # before the lock, which would write into a folder that is no run
     with _locked(out), _threads(config.threads):
-        _refuse_changes(out, identity, inputs)
+        _refuse_changes(out, identity, inputs)  # again: another process may have begun here meanwhile
         run = _Run(config, store, out, camera, inputs)
         with _stop_flag() as stop:
             return run.go(stop)
@@ -345,18 +353,19 @@ class _Run:
 
     def _resume(self) -> None:
         """Go back to the newest whole checkpoint, and cut the log to it; without one, save the start."""
+        log = self.out / "log.jsonl"
         whole = [folder for folder in checkpoint.complete(self.out) if (folder / checkpoint.STATE).is_file()]
         if not whole:
+            log.unlink(missing_ok=True)
             self._validate()
             self._save()
             return
         checkpoint.fill(self.model, whole[-1])
         self.step = checkpoint.restore_optimizer(whole[-1], self.model, self.optimizer)
         self.metrics = folders.read_manifest(whole[-1], checkpoint.KIND)["metrics"]
-        log = self.out / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        log.write_text("".join(line + "\n" for line in kept))
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        whole_lines = (line for line in lines if line.endswith("\n"))  # a kill may cut the last one short
+        log.write_text("".join(line for line in whole_lines if json.loads(line)["step"] <= self.step))
 
     def _log(self, **values: Any) -> None:
         with (self.out / "log.jsonl").open("a") as handle:

@@ -1,6 +1,6 @@
 """What a model does on held-out rows: losses, errors in physical units, and what knowing nothing would give.
 
-Trap: a held-out loss means little by itself. The best constant prediction stands beside every number.
+Trap: a held-out loss means little by itself. What a constant prediction gives stands beside every number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ BatchMaker = Callable[[np.ndarray, np.random.Generator], "dict[str, torch.Tensor
 def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, batch: BatchMaker) -> dict[str, Any]:
     """Losses and errors over `rows`, every real step of every chunk counted once.
 
-    loss, arm, gripper: as in training. constant_arm: the arm loss of the best constant action at each place of the
-    chunk (the rows' own mean). error: mean absolute error per arm dimension in the convention's units.
+    loss, arm, gripper: as in training. constant_arm: the arm loss of a constant action at each place of the chunk, the
+    rows' own mean target. error: mean absolute error per arm dimension in the convention's units, against targets
+    that the quantiles clip.
     gripper_accuracy, and gripper_majority: that of always giving the commoner state. rows: how many.
     """
     import torch

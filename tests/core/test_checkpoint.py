@@ -56,6 +56,7 @@ def test_settings_can_change_at_loading(policy: VLAPolicy, folder: Path):
     assert bigger.image_size == 112 and equal(policy.backbone, bigger)
     half = load_backbone(folder, dtype=torch.bfloat16)
     assert half.base.dtype == torch.bfloat16 and half.query.dtype == torch.float32
+    assert load_backbone(folder, attn="eager").describe()["attention"] == "eager" != bigger.describe()["attention"]
     fresh = load_backbone(folder, init="scratch", seed=9)
     assert equal(fresh.base, tiny(seed=9, image_size=56).base) and fresh.lineage["init_seed"] == 9
 
@@ -76,8 +77,20 @@ def test_labels_fill_columns_of_the_rows(folder: Path):
     assert labels["run_id"] == folders.read_manifest(folder, "checkpoint")["fingerprint"]
 
 
+def test_labels_of_a_model_of_unknown_origin_are_empty(tmp_path: Path):
+    made = tiny(image_size=56)
+    made.lineage = {}
+    VLAPolicy(made, CONFIG).save(tmp_path / "ck")
+    labels = checkpoint.row_labels(tmp_path / "ck")
+    assert (labels["model"], labels["init"], labels["note"]) == ("unknown", None, None)
+
+
 def test_resolve_takes_the_newest_whole_checkpoint_of_a_run(policy: VLAPolicy, tmp_path: Path):
     run = tmp_path / "run"
+    for step in (0, 4, 12, 1_000_000):
+        checkpoint.save(checkpoint.step_folder(run, step), policy, step=step)
+    assert checkpoint.resolve(run).name == "step-1000000"
+    shutil.rmtree(checkpoint.step_folder(run, 1_000_000))
     for step in (0, 4, 12):
         checkpoint.save(checkpoint.step_folder(run, step), policy, step=step)
     assert checkpoint.resolve(run).name == "step-000012"

@@ -60,7 +60,7 @@ def test_bad_input_is_one_line_and_exit_2(data: Path, tmp_path: Path, capsys, ch
     assert main(words(data, tmp_path / "run", *change)) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_preset_names_the_nearest(data: Path, tmp_path: Path, capsys):
