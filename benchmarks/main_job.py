@@ -1,8 +1,8 @@
 """How long the main job takes and how much memory it holds: installation, first `make report`, second one.
 
 Run in a fresh clone:  python3 benchmarks/main_job.py [--out benchmarks/results/main_job.json]
-Needs nothing but the standard library, since it runs before anything is installed. Linux only: memory is read from /proc
-(resident pages of all processes below make, sampled five times a second, so that processes side by side add up).
+Needs nothing but the standard library, since it runs before anything is installed. Linux only: memory is read from
+/proc (resident pages of all processes below make, sampled five times a second, so that processes side by side add up).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import numpy as np
 
 from probes import intervals
 from probes.permutation import PermutationTest, permutation_test
+from probes.plain import plain
 from probes.power import detectable_rho
 from probes.reliability import Homogeneity, Reliability, noise
 from probes.scores import Scores, gather
@@ -169,7 +170,7 @@ class Correlation:
             "units": self.units,
             "not_stated": list(self.not_stated),
         }
-        return _plain(
+        return plain(
             {
                 "design": design,
                 "unmatched": self.unmatched,
@@ -411,14 +412,3 @@ def _design(scores: Scores, b: int) -> dict[str, Any]:
         "tasks": tasks,
         "selection": scores.selection[name],
     }
-
-
-def _plain(value: Any) -> Any:
-    """Tuples to lists and NaN to null, all the way down: what JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, (float, np.floating)):
-        return None if np.isnan(value) else float(value)
-    return value.item() if isinstance(value, np.generic) else value

@@ -76,8 +76,7 @@ class Features:
         name: "vision.0", "vision.-1" (the model's last block), "projector". Raises InputError for a layer that the
         model does not have or that was not extracted.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from safetensors import SafetensorError, safe_open
 
         found = resolve_layers([name], self.manifest["model_layers"])
         if len(found) > 1 or found[0] not in self.layers:
@@ -86,23 +85,25 @@ class Features:
         parts = []
         for shard in sorted(self.path.glob("features-*.safetensors")):
             try:
-                parts.append(load_file(shard)[found[0]])
-            except (SafetensorError, KeyError) as error:
+                with safe_open(shard, "np") as file:
+                    parts.append(file.get_tensor(found[0]))
+            except SafetensorError as error:
                 raise InputError(f"damaged features ({error})", where=shard, fix=_REMAKE) from None
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
     def same_images(self, other: Features) -> None:
-        """Raise InputError unless both hold the same images in the same order."""
+        """Raise InputError unless both hold the same images in the same order, pooled alike."""
         for what, mine, theirs in (
             ("stores", self.store, other.store),
             ("cameras", self.camera, other.camera),
             ("numbers of frames", len(self), len(other)),
+            ("poolings", self.pool, other.pool),
         ):
             if mine != theirs:
                 raise InputError(
                     f"features of different {what} ({mine} and {theirs}) cannot be paired",
                     where=f"{self.path}, {other.path}",
-                    fix="extract both with the same --data, --camera, --max-frames and --seed",
+                    fix="extract both with the same --data, --camera, --pool, --max-frames and --seed",
                 )
         if not np.array_equal(self.index["row"], other.index["row"]):
             raise InputError(
@@ -188,7 +189,8 @@ def extract(
             piece = {name: _pooled(seen[name], pool) for name in names}  # (B, d) or (B, N, d)
             for name, value in piece.items():
                 if not np.isfinite(value).all():
-                    raise InputError(f"features of {name} are NaN or infinite", where=f"row {part[0]} and following")
+                    where = f"row {part[0]} and following"
+                    raise InputError(f"features of {name} are NaN or infinite", where=where, fix="check the checkpoint")
             shard.append(piece)
             held += sum(value.nbytes for value in piece.values())
             if held >= SHARD_BYTES or start + batch_size >= len(rows):

@@ -29,10 +29,11 @@ PIXELS = 16  # side of the images that the pixel baseline reads
 
 @dataclass(frozen=True)
 class Probe:
-    """readouts, against: layer -> readout of the features and of those compared with. layer: chosen on selection
-    episodes. pixels, nothing: baselines. differences: what is compared -> R² difference, paired by episode."""
+    """readouts, against: layer -> readout of the features and of those compared with. pool: how their tokens were
+    pooled, mean or grid. layer: chosen on selection episodes. pixels, nothing: baselines. differences: what is compared -> R² difference, paired by episode."""
 
     target: str
+    pool: str
     label: str
     against_label: str
     layer: str
@@ -111,7 +112,7 @@ def probe(
         for key, readout in theirs.items():
             differences[f"{name} - {against.label}, {key}"] = compare(mine[key], readout, seed=seed)
     other = against.label if against else ""
-    return Probe(target_name, name, other, layer, mine, theirs, pixels, nothing, differences)
+    return Probe(target_name, features.pool, name, other, layer, mine, theirs, pixels, nothing, differences)
 
 
 def _pixels(store: EpisodeStore, camera: str, rows: np.ndarray) -> np.ndarray:

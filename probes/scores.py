@@ -110,7 +110,7 @@ def gather(
         successes=successes,
         episodes=number,
         task_counts={name: table for name, table in counts.items() if name in benchmarks},
-        step_rates=_step_rates(below, both),
+        step_rates=_step_rates(below, both, names[1]),
         metrics=metrics,
         units={name: _one(scores, name, "unit") for name in capabilities},
         selection={name: _one(totals, name, "selection") for name in benchmarks},
@@ -186,13 +186,15 @@ def _check_counts(totals: pd.DataFrame, where: str) -> None:
         return
     known = totals[totals["successes"].notna() & totals["episodes"].notna()]
     for benchmark, rows in known.groupby("benchmark", sort=False):
-        successes, number = (pd.to_numeric(rows[column]).to_numpy(float) for column in ("successes", "episodes"))
+        successes, number = (
+            pd.to_numeric(rows[column], errors="coerce").to_numpy(float) for column in ("successes", "episodes")
+        )
         whole = (successes % 1 == 0) & (number % 1 == 0)
         wrong = (successes < 0) | (number <= 0) | (successes > number) | ~whole
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             raise InputError(
-                f"{successes[row]:g} successes of {number[row]:g} episodes",
+                f"{rows['successes'].iloc[row]} successes of {rows['episodes'].iloc[row]} episodes",
                 where=f"{where}, {rows['model'].iloc[row]} on {benchmark}",
                 fix="correct the counts or leave them empty",
             )
@@ -268,9 +270,10 @@ def _counts_below(below: pd.DataFrame, models: list[str], where: str) -> dict[st
 def _counts_by_task(episodes: pd.DataFrame, models: list[str], where: str) -> dict[str, TaskCounts]:
     missing = [column for column in ("model", "benchmark", "task", "success") if column not in episodes]
     if missing:
-        raise InputError(f"missing columns {', '.join(missing)}", where=where)
+        fix = f"the table has: {', '.join(map(str, episodes.columns))}"
+        raise InputError(f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}", where=where, fix=fix)
     if not episodes["success"].isin([0, 1]).all():
-        raise InputError("success is neither true nor false in some episode", where=where)
+        raise InputError("success is neither true nor false in some episode", where=where, fix="write 1 or 0")
     rows = episodes.assign(success=episodes["success"].astype(int))
     for column in ("model", "benchmark", "task"):
         rows[column] = rows[column].astype(str).str.strip()
@@ -289,12 +292,18 @@ def _tabulate(rows: pd.DataFrame, models: list[str]) -> TaskCounts:
     return TaskCounts(tasks, one["successes"], one["episodes"])
 
 
-def _step_rates(below: pd.DataFrame, models: list[str]) -> dict[str, np.ndarray]:
+def _step_rates(below: pd.DataFrame, models: list[str], where: str) -> dict[str, np.ndarray]:
     """Benchmark -> (models, 5) shares of chains with at least k tasks done, from rows with metric `step_rate`."""
     if below.empty or "metric" not in below:
         return {}
     rows = below[below["metric"] == "step_rate"]
     rates = {}
+    twice = rows[rows.duplicated(["model", "benchmark", "task"])]
+    if not twice.empty:
+        row = twice.iloc[0]
+        raise InputError(
+            f"{row['model']} has {row['task']} of {row['benchmark']} twice", where=where, fix="keep one row"
+        )
     for name, group in rows.groupby("benchmark", sort=False):
         wide = group.pivot(index="model", columns="task", values="value").reindex(models)
         rates[str(name)] = wide[sorted(wide.columns)].to_numpy(float)

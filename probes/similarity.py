@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_IMAGES = 4  # the unbiased estimator divides by n (n - 3)
+MIN_UNITS = 20  # simulated, the bootstrap's 95 % cover 50-69 % with 5 episodes, 72-92 % with 10, 90-94 % with 20
 GRAM_IMAGES = 8192  # up to here a whole Gram matrix (float64, 512 MiB) is held where that is the faster way
 _ROWS, _FEW_ROWS = 512, 64  # rows of Gram matrices that are worked on at once; few stay in the processor's cache
 
@@ -41,7 +42,7 @@ class CkaMatrix:
     """Debiased CKA of every layer of A against every layer of B, on the same n images.
 
     value, low, high (layers_a, layers_b): the estimate and its bootstrap interval over images (NaN without
-    resamples). floor: 95 % quantile of the same estimate with the images of B permuted. biased: the textbook
+    resamples, and with fewer than MIN_UNITS images or clusters). floor: 95 % quantile of the same estimate with the images of B permuted. biased: the textbook
     estimate, only for comparison with papers that report it.
     """
 
@@ -121,8 +122,8 @@ def cka_matrix(
             if orders:
                 floor[i, j] = np.quantile(shuffled[i] / scale, 0.95)
     low, high = np.full(value.shape, np.nan), np.full(value.shape, np.nan)
-    if resamples:
-        units = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    units = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    if resamples and units.max() + 1 >= MIN_UNITS:
         draws = _bootstrap(list(xs.values()), list(ys.values()), units, resamples, rng)  # (R, La, Lb)
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return CkaMatrix(tuple(xs), tuple(ys), n, value, low, high, floor, biased, level)

@@ -83,8 +83,8 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
     """Draw every weight anew, scaled so that a model of this size learns within minutes.
 
     Fan-in scaling everywhere, 0.4 of it where a block writes into the residual stream; word embeddings with
-    std 0.5, so that a word's identity survives the first attention layer; the last norm at 0.15, which keeps tied
-    logits near 1. The library's 0.02 is made for widths of thousands.
+    std 0.5, so that a word's identity survives the first attention layer; decoder query and key biases with std 0.5,
+    which make attention depend on positions from the start. The library's 0.02 is made for widths of thousands.
     """
     import torch
     from torch import nn
@@ -98,5 +98,6 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
                 module.weight.normal_(std=(0.4 if into_residual else 1.0) / math.sqrt(fan_in), generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
+                    if name.endswith(("q_proj", "k_proj")):
+                        module.bias.normal_(std=0.5, generator=generator)
         embedding.weight.normal_(std=0.5, generator=generator)
-        base.get_submodule(spec.norm).weight.fill_(0.15)

@@ -46,6 +46,9 @@ class Args:
 def run(args: Args) -> int:
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise InputError(f"a plot is .png or .svg, not '{args.plot.suffix}'", where=args.plot)
+    from probes.verbs.shared import check_seed
+
+    check_seed(args.seed)
     from probes import paper
     from probes.correlation import correlate
     from vlm4vla_core.results import read_table
@@ -65,6 +68,8 @@ def run(args: Args) -> int:
             kind: folders.file_fingerprint(path) if path else "published (data/paper)"
             for kind, path in (("capability", args.capability), ("performance", args.performance))
         }
+        if args.episodes:
+            inputs["episodes"] = folders.file_fingerprint(args.episodes)
         folders.write_json(
             args.json, {"format": "vlm4vla-correlation", "version": 1, "inputs": inputs, **result.to_dict()}
         )
@@ -163,7 +168,7 @@ def _by_task(pair: Pair) -> str:
     known = {task: p for task, p in alike.per_task.items() if p is not None}
     line = f"{pair.benchmark} by task: " + ", ".join(f"{task} p {_p(p)}" for task, p in known.items())
     if known and min(known.values()) * len(known) < 0.05 <= alike.p:  # Bonferroni over the tasks
-        line += ". Models differ within tasks, in directions that largely cancel in the average"
+        line += ". Models differ within tasks, and in the average these differences cancel or drown"
     return f"{line}."
 
 

@@ -52,8 +52,10 @@ class Args:
 
 
 def run(args: Args) -> int:
+    from probes.verbs.shared import check_seed
     from probes.weights import model_source, weights_fingerprint
 
+    check_seed(args.seed)
     if args.vlm_data and not args.vla_data:
         raise InputError("--vlm-data without --vla-data", fix="gradients need both objectives; give --vla-data too")
     config = {"batches": args.batches, "batch_size": args.batch_size, "seed": args.seed, "memory_gb": args.memory_gb}

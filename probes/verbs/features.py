@@ -47,8 +47,10 @@ class Args:
 
 
 def run(args: Args) -> int:
+    from probes.verbs.shared import check_seed
     from vlm4vla_core.episodes.store import EpisodeStore
 
+    check_seed(args.seed)
     if args.batch_size < 1:
         raise InputError(f"a batch of {args.batch_size} images", fix="use --batch-size 1 or more")
     folder, facts = _model(args.checkpoint)

@@ -33,9 +33,10 @@ class Args:
 
 def run(args: Args) -> int:
     from probes.features import Features
-    from probes.verbs.shared import json_is_current, show, write_result
+    from probes.verbs.shared import check_seed, json_is_current, show, write_result
     from vlm4vla_core.episodes.store import EpisodeStore
 
+    check_seed(args.seed)
     features, store = Features.open(args.features), EpisodeStore.open(args.data)
     against = Features.open(args.against) if args.against else None
     config = {"target": args.target, "seed": args.seed}

@@ -1,12 +1,12 @@
-"""What the probing verbs share: a JSON result that knows whether it is up to date, short names, the device."""
+"""What the probing verbs share: a JSON result that knows whether it is up to date, checks, short names, the device."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probes.plain import plain
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
@@ -32,16 +32,13 @@ def json_is_current(path: Path | None, kind: str, *, config: Mapping[str, Any], 
 def write_result(path: Path, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str], **more: Any) -> None:
     """Write a JSON result that `json_is_current` recognises; NaN, which JSON does not have, becomes null."""
     value = {"format": f"vlm4vla-{kind}", "version": 1, "config": dict(config), "inputs": dict(inputs), **more}
-    folders.write_json(path, without_nan({**value, "made_by": folders.provenance()}))
+    folders.write_json(path, plain({**value, "made_by": folders.provenance()}))
 
 
-def without_nan(value: Any) -> Any:
-    """The same JSON value with NaN and infinity replaced by None."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that numpy cannot take."""
+    if seed < 0:
+        raise InputError(f"seed {seed}", fix="use --seed 0 or more")
 
 
 def show(frame: pd.DataFrame, digits: int = 3) -> str:

@@ -35,8 +35,9 @@ class Args:
 
 def run(args: Args) -> int:
     from probes.features import Features
-    from probes.verbs.shared import json_is_current, show, write_result
+    from probes.verbs.shared import check_seed, json_is_current, show, write_result
 
+    check_seed(args.seed)
     if args.resamples < 0:
         raise InputError(f"{args.resamples} resamples", fix="use --resamples 0 or more")
     a, b = Features.open(args.a), Features.open(args.b)
@@ -50,11 +51,10 @@ def run(args: Args) -> int:
     from probes.similarity import cka_matrix
 
     episodes = a.index["episode"].to_numpy()
-    few = args.over == "episodes" and len(set(episodes)) < 3
     result = cka_matrix(
         {name: a.layer(name) for name in a.layers},
         {name: b.layer(name) for name in b.layers},
-        resamples=0 if few else args.resamples,
+        resamples=args.resamples,
         clusters=episodes if args.over == "episodes" else None,
         seed=args.seed,
     )
@@ -68,7 +68,7 @@ def run(args: Args) -> int:
         )
     )
     print(show(frame))
-    over = "no interval: too few episodes" if few else f"95 % interval over {args.over}"
+    over = f"95 % interval over {args.over}" if frame["low"].notna().all() else _no_interval(args)
     print(f"low, high: {over}; floor: 95 % of shuffled images lie below; biased: the textbook value")
     if args.json:
         write_result(
@@ -77,3 +77,9 @@ def run(args: Args) -> int:
             layers_a=list(result.layers_a), layers_b=list(result.layers_b), rows=frame.to_dict("records"),
         )  # fmt: skip
     return 0
+
+
+def _no_interval(args: Args) -> str:
+    from probes.similarity import MIN_UNITS
+
+    return f"no interval: fewer than {MIN_UNITS} {args.over}" if args.resamples else "no interval: no resamples"

@@ -105,9 +105,11 @@ def test_normalised_pixels_equal_the_library_processor(backbone: Backbone):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     images = pictures(2)
-    theirs = Qwen2VLImageProcessorPil(patch_size=14, min_pixels=1, temporal_patch_size=backbone.geometry.temporal)(
-        list(images), return_tensors="pt"
-    )["pixel_values"]
+    shape = backbone.geometry
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=shape.patch, merge_size=shape.merge, temporal_patch_size=shape.temporal, min_pixels=1
+    )
+    theirs = processor(list(images), return_tensors="pt")["pixel_values"]
     ours = backbone.pixels(torch.from_numpy(images))["pixel_values"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
@@ -133,14 +135,14 @@ def test_features_lie_where_the_pixels_are_and_no_hook_stays(backbone: Backbone)
 
 
 def test_an_image_size_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match=r"image size 100 does not divide.*multiple of 28"):
+    with pytest.raises(InputError, match=r"image size 100 does not divide.*multiple of 56"):
         tiny(image_size=100)
 
 
 # --- the contract ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [56, 112, 140])
+@pytest.mark.parametrize("size", [56, 112, 280])  # 280: 5 x 5 tokens in unequal windows
 def test_tiny_keeps_the_contract(size: int):
     model = tiny(seed=1, image_size=size)
     before = {name: value.clone() for name, value in model.state_dict().items()}
