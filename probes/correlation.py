@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probes import intervals
+from probes.jsonable import jsonable
 from probes.permutation import PermutationTest, permutation_test
-from probes.plain import plain
 from probes.power import detectable_rho
 from probes.reliability import Homogeneity, Reliability, noise
 from probes.scores import Scores, gather
@@ -170,7 +170,7 @@ class Correlation:
             "units": self.units,
             "not_stated": list(self.not_stated),
         }
-        return plain(
+        return jsonable(
             {
                 "design": design,
                 "unmatched": self.unmatched,

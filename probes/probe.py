@@ -30,7 +30,9 @@ PIXELS = 16  # side of the images that the pixel baseline reads
 @dataclass(frozen=True)
 class Probe:
     """readouts, against: layer -> readout of the features and of those compared with. pool: how their tokens were
-    pooled, mean or grid. layer: chosen on selection episodes. pixels, nothing: baselines. differences: what is compared -> R² difference, paired by episode."""
+    pooled, mean or grid. layer: chosen on selection episodes. pixels, nothing: baselines. differences: what is
+    compared -> R² difference, paired by episode.
+    """
 
     target: str
     pool: str

@@ -42,8 +42,8 @@ class CkaMatrix:
     """Debiased CKA of every layer of A against every layer of B, on the same n images.
 
     value, low, high (layers_a, layers_b): the estimate and its bootstrap interval over images (NaN without
-    resamples, and with fewer than MIN_UNITS images or clusters). floor: 95 % quantile of the same estimate with the images of B permuted. biased: the textbook
-    estimate, only for comparison with papers that report it.
+    resamples, and with fewer than MIN_UNITS images or clusters). floor: 95 % quantile of the same estimate with
+    the images of B permuted. biased: the textbook estimate, only for comparison with papers that report it.
     """
 
     layers_a: tuple[str, ...]

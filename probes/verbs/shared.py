@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probes.plain import plain
+from probes.jsonable import jsonable
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
@@ -32,7 +32,7 @@ def json_is_current(path: Path | None, kind: str, *, config: Mapping[str, Any], 
 def write_result(path: Path, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str], **more: Any) -> None:
     """Write a JSON result that `json_is_current` recognises; NaN, which JSON does not have, becomes null."""
     value = {"format": f"vlm4vla-{kind}", "version": 1, "config": dict(config), "inputs": dict(inputs), **more}
-    folders.write_json(path, plain({**value, "made_by": folders.provenance()}))
+    folders.write_json(path, jsonable({**value, "made_by": folders.provenance()}))
 
 
 def check_seed(seed: int) -> None:

@@ -42,8 +42,9 @@ def answer(result: Probe) -> str:
     readout = result.readouts[result.layer]
     interval = "" if readout.interval is None else f" (95 % {' to '.join(map(plain, readout.interval))})"
     text = (
-        f"From layer {result.layer} of {result.label} ({result.pool}-pooled), a linear readout finds {TARGETS[result.target]} in held-out "
-        f"episodes with R² {plain(readout.mean)}{interval}, {readout.error_mm:.0f} mm off on average"
+        f"From layer {result.layer} of {result.label}, {result.pool}-pooled, a linear readout finds "
+        f"{TARGETS[result.target]} in held-out episodes with R² {plain(readout.mean)}{interval}, "
+        f"{readout.error_mm:.0f} mm off on average"
     )
     parts = [
         _compared(
@@ -140,11 +141,11 @@ def badges(trained: Features, start: Features, store: EpisodeStore) -> list[str]
 
 def numbers(result: Probe, alike: CkaMatrix) -> dict[str, Any]:
     """What the page rests on, as JSON values."""
-    from probes.plain import plain as json_plain
+    from probes.jsonable import jsonable
 
     differences = [
         {"name": name, "value": value, "interval": interval} for name, (value, interval) in result.differences.items()
     ]
     tables = {"readouts": result.to_frame(), "similarity": alike.to_frame()}
-    return dict(json_plain({"layer": result.layer, "target": result.target, "differences": differences,
+    return dict(jsonable({"layer": result.layer, "target": result.target, "differences": differences,
                              **{name: frame.to_dict("records") for name, frame in tables.items()}}))  # fmt: skip
