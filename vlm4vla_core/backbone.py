@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TEXT_TOKENS = 512
+MAX_LAYOUTS = 4096  # of text, image and padding, whose positions are remembered
 IGNORE = -100
 
 
@@ -167,22 +168,22 @@ class Backbone(nn.Module):
 
         The rule loops over the batch with host synchronisation, so it runs here and never inside `forward`.
         """
-        keys = [
-            types.numpy().tobytes() + mask.numpy().tobytes()
-            for types, mask in zip(batch["mm_token_type_ids"], batch["attention_mask"], strict=True)
-        ]
-        for index, key in enumerate(keys):
-            if key not in self._positions:
-                if len(self._positions) > 4096:
+        rows = []
+        for index, (types, mask) in enumerate(zip(batch["mm_token_type_ids"], batch["attention_mask"], strict=True)):
+            key = types.numpy().tobytes() + mask.numpy().tobytes()
+            positions = self._positions.get(key)
+            if positions is None:
+                if len(self._positions) >= MAX_LAYOUTS:
                     self._positions.clear()
                 one = slice(index, index + 1)
-                self._positions[key] = self.base.get_rope_index(
+                positions = self._positions[key] = self.base.get_rope_index(
                     batch["input_ids"][one],
                     mm_token_type_ids=batch["mm_token_type_ids"][one],
                     image_grid_thw=torch.tensor([[1, self.geometry.grid, self.geometry.grid]]),
                     attention_mask=batch["attention_mask"][one],
                 )[0]  # (3, 1, L)
-        return torch.cat([self._positions[key] for key in keys], dim=1)
+            rows.append(positions)
+        return torch.cat(rows, dim=1)
 
     # --- forward
 

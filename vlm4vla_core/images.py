@@ -13,6 +13,7 @@ import io
 import numpy as np
 
 JPEG_MAGIC = b"\xff\xd8"
+BLACK = 3  # grey levels: an image nowhere brighter than this holds nothing (JPEG noise included)
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:

@@ -72,6 +72,15 @@ def test_transform_and_cameras_can_be_chosen(source: Path, tmp_path: Path):
     np.testing.assert_array_equal(EpisodeStore.open(out).action[:6], bridge_episode(0, steps=6)["steps/action"])
 
 
+def test_the_order_of_cameras_is_the_user_s_and_decides_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    seen = [jpeg(200)] * 6
+    source = write_tfds(tmp_path / "mini" / "1.0.0", {"train": [[bridge_episode(0, steps=6, image_1=seen)]]})
+    for names in (("image_1", "image_0"), ("image_0", "image_1")):
+        assert main(["convert", "rlds", str(source), "--out", str(tmp_path / "s"), "--cameras", *names]) == 0
+        assert EpisodeStore.open(tmp_path / "s").cameras == names
+        assert "up to date" not in capsys.readouterr().out
+
+
 def fails(capsys: pytest.CaptureFixture[str], out: Path, source: Path, *more: str) -> str:
     """The command is refused with exit code 2 and one line; nothing is left beside the source."""
     before = sorted(out.parent.iterdir())

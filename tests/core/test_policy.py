@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlm4vla_core import backbone
 from vlm4vla_core.actions import TABLETOP, ActionConvention
 from vlm4vla_core.backbone import tiny
 from vlm4vla_core.errors import InputError
@@ -62,6 +63,16 @@ def test_losses_equal_a_slow_reference():
     assert losses["loss"].item() == pytest.approx(np.mean(huber) + np.mean(entropy), rel=1e-6)
     code = action_losses(*values, torch.tensor(mask))
     assert code["loss"].item() == pytest.approx(np.mean(huber) + 0.01 * np.mean(entropy), rel=1e-6)
+
+
+def test_positions_do_not_depend_on_how_many_layouts_are_remembered(monkeypatch: pytest.MonkeyPatch):
+    policy = make()
+    expected = policy.backbone.collate(pictures(), TEXTS)["position_ids"]
+    monkeypatch.setattr(backbone, "MAX_LAYOUTS", 2)  # three texts of different lengths: some are forgotten on the way
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        batch = make().backbone.collate(pictures(), [TEXTS[i] for i in order])
+        assert torch.equal(batch["position_ids"], expected[:, order])
+        policy.backbone.collate(pictures(), [TEXTS[i] for i in order])
 
 
 def test_padded_steps_do_not_count():

@@ -98,6 +98,7 @@ def test_images_come_out_near_and_resized_like_pillow(tmp_path: Path):
     np.testing.assert_array_equal(store.images("front", [14, 0, 6], size=24)[1], np.asarray(pillow))
     np.testing.assert_array_equal(images.decode(store.jpeg("front", 0)), found[1])
     assert store.images("wrist", []).shape == (0, 32, 32, 3)
+    np.testing.assert_array_equal(store.images("front", (row for row in (14, 0, 6))), found)  # read once
 
 
 def test_jpeg_bytes_are_copied_where_they_fit_and_made_anew_where_not(tmp_path: Path):

@@ -24,7 +24,6 @@ from vlm4vla_core.episodes.transforms import transform_named
 from vlm4vla_core.errors import InputError, nearest
 
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-BLACK = 3  # grey levels: an image nowhere brighter than this holds nothing (JPEG noise included)
 _INFO_FIX = "give the folder that holds dataset_info.json, or the one above"
 
 
@@ -259,7 +258,7 @@ def seen_cameras(
                     if not data or data in black:
                         continue
                     picture = _decode(data, camera, place)
-                    if picture.max() > BLACK:
+                    if picture.max() > images.BLACK:
                         seen[camera] = picture.shape[:2]
                         break
                     black.add(data)

@@ -240,14 +240,15 @@ class EpisodeStore:
 
         Raises InputError on an unknown camera and on bytes that are no image.
         """
-        views = [self._view(camera, int(row)) for row in rows]
+        rows = [int(row) for row in rows]
+        views = [self._view(camera, row) for row in rows]
         height, width = self.manifest["cameras"].get(camera, (0, 0))
         out = np.empty((len(views), height, width, 3), np.uint8)
         for place, (row, view) in enumerate(zip(rows, views, strict=True)):
             try:
                 out[place] = images.decode(view)
             except ValueError as error:
-                what = f"damaged image of camera '{camera}' at row {int(row)} ({error})"
+                what = f"damaged image of camera '{camera}' at row {row} ({error})"
                 raise InputError(what, where=self.path, fix=REMAKE) from None
         return images.resize(out, size) if size else out
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOOKS = 64
-BLACK = 3  # grey levels, as in the RLDS reader
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _warnings(store: EpisodeStore, dimensions: list[Dimension]) -> list[str]:
     found = []
     looks = np.unique(np.linspace(0, len(store) - 1, LOOKS).astype(int))
     for camera in store.cameras:
-        if store.images(camera, looks).max() <= BLACK:
+        if store.images(camera, looks).max() <= images.BLACK:
             found.append(f"camera {camera} is black in all of {len(looks)} images looked at")
     for dimension in dimensions:
         if dimension.kind == "action" and dimension.min == dimension.max and dimension.name != "gripper":

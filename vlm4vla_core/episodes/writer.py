@@ -147,12 +147,10 @@ class Writer:
                 if self.image_size is None or (height, width) == (self.image_size, self.image_size):
                     return frame, (height, width)
             frame = images.decode(frame)
-        if frame.ndim != 3:
-            raise ValueError(f"expected (H, W, 3), got {frame.shape}")
-        frame = images.resize(frame[None], self.image_size or frame.shape[0])[0] if self.image_size else frame
-        if frame.dtype != np.uint8 or frame.shape[-1] != 3:
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"expected uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
-        return images.encode(frame, quality=self.quality, full_colour=self.full_colour), frame.shape[:2]
+        picture = images.resize(frame[None], self.image_size)[0] if self.image_size else frame
+        return images.encode(picture, quality=self.quality, full_colour=self.full_colour), picture.shape[:2]
 
     def _flush(self, rows: int) -> None:
         """Write the first `rows` pending steps as one shard of one record batch."""

@@ -61,7 +61,7 @@ def run(args: Args) -> None:
         "layout": dataset.layout_name,
         "transform": dataset.layout.transform if args.transform == "dataset" else args.transform,
         "splits": list(splits),
-        "cameras": sorted(set(args.cameras)),
+        "cameras": list(dict.fromkeys(args.cameras)),  # in this order: the first is what training takes by default
         "size": args.size,
     }
     inputs = {}
