@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probes.labels import place_labels
-from probes.style import INK, MUTED, TWO_COLUMN, Mark, figure_style, lineage_marks, new_figure
+from probes.style import INK, MUTED, SMALL, TWO_COLUMN, Mark, figure_style, lineage_marks, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +139,7 @@ def _write_heading(ax: Axes, name: str, lines: list[tuple[str, str, str]], rows:
     for row, (text, colour, slant) in enumerate(lines):
         label = ax.annotate(
             text, (0, 1), xytext=(0, 4 + step * (rows - 1 - row)), xycoords="axes fraction",
-            textcoords="offset points", fontsize=6.4, color=colour, fontstyle=slant,
+            textcoords="offset points", fontsize=SMALL, color=colour, fontstyle=slant,
         )  # fmt: skip
         label.set_in_layout(False)
     ax.set_title(name, pad=5.5 + step * rows)
@@ -171,5 +171,5 @@ def _legend(fig: Figure, marks: dict[str, Mark], width: float) -> None:
     columns = 2 if width < 5 else len(keys) if len(keys) <= 6 else ceil(len(keys) / 2)
     fig.legend(
         handles=keys, loc="outside upper left", ncols=columns, columnspacing=1.2, handletextpad=0.5, handlelength=1.8,
-        fontsize=6.4,
+        fontsize=SMALL,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probes.style import GRID, INK, MUTED, PALETTE, figure_style, new_figure
+from probes.style import GRID, INK, MUTED, PALETTE, SMALL, figure_style, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,13 +47,9 @@ def probe_figure(rows: pd.DataFrame, *, title: str = "") -> Figure:
             axis.plot([bar["low"], bar["high"]], [place, place], color=INK, linewidth=1.0, solid_capstyle="butt")
             end = max(end, bar["high"])
         axis.annotate(
-            f"{bar['r2']:.2f}".replace("-", "−"),
-            (max(end, 0.0), place),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=6.5,
-        )
+            f"{bar['r2']:.2f}".replace("-", "−"), (max(end, 0.0), place), xytext=(3, 0), textcoords="offset points",
+            va="center", fontsize=SMALL,
+        )  # fmt: skip
     axis.axvline(0, color=MUTED, linewidth=0.7)
     axis.set_yticks(places, [bar["label"] for bar in bars])
     axis.invert_yaxis()
@@ -118,11 +114,15 @@ def similarity_figure(rows: pd.DataFrame, *, label_a: str = "A", label_b: str = 
     cell = min(0.42, 2.2 / len(across))
     fig, axes = new_figure(height=max(1.7, 1.15 + cell * len(down)))
     axis = axes[0, 0]
-    image = axis.imshow(value, vmin=0, vmax=1, cmap="cividis", aspect="equal")
+    image = axis.imshow(value, vmin=0, vmax=1, aspect="equal")
     if max(value.shape) <= 10:
         for i, j in np.ndindex(*value.shape):
-            text = f"({value[i, j]:.2f})" if value[i, j] <= floor[i, j] else f"{value[i, j]:.2f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if value[i, j] < 0.55 else INK)
+            number = f"{value[i, j]:.2f}".replace("-", "−")
+            text = f"({number})" if value[i, j] <= floor[i, j] else number
+            colour = "white" if value[i, j] < 0.55 else INK
+            axis.text(
+                j, i, text, ha="center", va="center", fontsize=SMALL, color="white" if value[i, j] < 0.55 else INK
+            )
     axis.set_xticks(range(len(across)), _thinned(across), rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(down)), _thinned(down))
     axis.tick_params(length=0)

@@ -26,6 +26,7 @@ ONE_COLUMN, TWO_COLUMN = 3.5, 7.2  # inches: a journal's column, and its page
 # Okabe and Ito (2008), apart under all three kinds of dichromacy; their yellow is left out, too pale for thin lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SMALL = 6.4  # font size of what is written inside a panel or in a figure's legend: values, names, notes
 INK, MUTED, GRID = "#1F2430", "#626975", "#E3E5E9"
 
 

@@ -462,6 +462,7 @@ def bad(**changes):
         (bad(y={"b": [1, 2, 4, 3], "c": [1, 2, None, None]}), "2 models with both"),
         (bad(successes=[1, 2, 3, 60], episodes=50), "60 successes of 50 episodes"),
         (bad(successes=[1, 2, 3, 4.5], episodes=50), "4.5 successes"),
+        (bad(successes=["few", 2, 3, 4], episodes=50), "few successes of 50 episodes"),
         (bad(y={"b": [0.1, 0.3, 0.2, 0.5]}, metric="success_pct"), "fractions, not per cent"),
         (bad(y={"b": [10, 30, 0.2, 50]}, successes=[5, 15, 10, 25], episodes=50), "a fraction among percentages"),
         (bad(task="t"), "no benchmark has a total"),
@@ -493,6 +494,14 @@ def test_missing_columns_duplicates_names_and_lineages_are_named():
             correlate(left, right)
     with pytest.raises(InputError, match=r"no pair 'capability:d'.*known: capability:b"):
         correlate(capability, performance, primary="capability:d")
+
+
+def test_a_chain_position_that_stands_twice_is_named():
+    capability, performance = tables([1, 2, 3, 4], {"b": [1, 3, 2, 5]})
+    steps = performance.assign(task="1 in a row", metric="step_rate", value=0.5)
+    both = pd.concat([performance.assign(task="", metric="avg_len"), steps, steps.head(1)])
+    with pytest.raises(InputError, match="m0 has 1 in a row of b twice"):
+        correlate(capability, both)
 
 
 def test_episode_rows_of_other_benchmarks_are_refused():

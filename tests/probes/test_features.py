@@ -99,7 +99,7 @@ def test_features_are_the_pooled_tokens_of_the_named_frames(
 ) -> None:
     """Small shards and batches that do not divide the frames change nothing."""
     store = EpisodeStore.open(room / "store")
-    monkeypatch.setattr(module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(module, "SHARD_BYTES", 5_000)
     got = extract(
         backbone, store, tmp_path / "f", layers=["vision.0..-1", "projector"], camera="front", max_frames=41, seed=3,
         batch_size=7, config={"pool": "mean", "camera": "front"}, inputs={"store": "s", "checkpoint": "x"},
@@ -123,7 +123,7 @@ def test_tokens_are_kept_without_pooling(room: Path, backbone: Backbone, tmp_pat
         backbone, store, tmp_path / "f", layers=["vision.1"], pool="none", camera="front", max_frames=5,
         config={"pool": "none", "camera": "front"}, inputs={"store": "s", "checkpoint": "c"},
     )  # fmt: skip
-    assert got.layer("vision.1").shape == (5, (SIZE // 14) ** 2, 48)
+    assert got.layer("vision.1").shape == (5, (SIZE // 14) ** 2, backbone.base.config.vision_config.hidden_size)
     with pytest.raises(InputError, match=r"layer 'vision.-1' is not in these features .*; they hold vision.1"):
         got.layer("vision.-1")
 
@@ -248,6 +248,30 @@ def test_features_of_other_frames_are_not_compared(
     assert "numbers of frames" in error_of(
         ["probe", room / "f0", "--against", tmp_path / "s0", "--data", room / "store"], capsys
     )
+
+
+def test_features_pooled_otherwise_are_not_compared(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The mean loses where things are, the grid keeps it: their difference would be the pooling's."""
+    command = ["features", room / "net1", "--data", room / "store", "--out", tmp_path / "mean", "--pool", "mean"]
+    assert main([str(word) for word in [*command, "--layers", "vision.0..-1", "projector"]]) == 0
+    told = "features of different poolings (grid and mean) cannot be paired"
+    assert told in error_of(["similarity", room / "f0", tmp_path / "mean"], capsys)
+    assert told in error_of(["probe", room / "f0", "--against", tmp_path / "mean", "--data", room / "store"], capsys)
+
+
+@pytest.mark.parametrize("verb", ["features", "probe", "similarity", "diverge", "correlate"])
+def test_a_negative_seed_is_one_line(verb: str, room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, net, features = room / "store", room / "net0", room / "f0"
+    words = {
+        "features": [net, "--data", store, "--out", tmp_path / "out"],
+        "probe": [features, "--data", store],
+        "similarity": [features, features],
+        "diverge": ["--base", net, "--vlm", net, "--vla", net, "--out", tmp_path / "out"],
+        "correlate": [],
+    }
+    assert "seed -1; use --seed 0 or more" in error_of([verb, *words[verb], "--seed", -1], capsys)
 
 
 def test_damaged_features_are_refused(room: Path, tmp_path: Path) -> None:

@@ -159,6 +159,15 @@ def test_a_difference_that_may_be_zero_is_undetermined(tmp_path):
     assert benchmark_results.newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
+def test_policies_that_ran_other_episodes_are_not_compared(tmp_path):
+    mine = rollouts(tmp_path / "mine", "mine", {"touch": 20}, 20)
+    blind = rollouts(tmp_path / "zero", "zero", {"touch": 0, "push": 0}, 20)
+    rows = benchmark_results.episode_rows([mine, blind])
+    told = benchmark_results.answer(benchmark_results.success(rows), rows)
+    assert told.endswith("; the best baseline without sight, zero, ran other episodes and is not compared.")
+    assert "better" not in told
+
+
 def test_rows_that_must_not_be_pooled_are_refused(tmp_path):
     one = rollouts(tmp_path / "one", "mine", {"touch": 5}, 8)
     with pytest.raises(InputError, match="stands more than once"):

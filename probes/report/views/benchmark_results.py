@@ -81,7 +81,7 @@ def success(rows: pd.DataFrame, *, level: float = 0.95, by: tuple[str, ...] = ("
     """Success per policy (or by=("policy", "task")): episodes, successes, rate, low, high (Wilson), kind, execute.
 
     kind: `blind`, `untrained` (step 0 of a training), `learned` or `expert`. Over several tasks the episodes are
-    pooled, every task with its own n.
+    pooled, every task with its own n, so that rates are comparable only between policies that ran the same episodes.
     """
     table = success_table(rows, list(by), level)
     first = rows.drop_duplicates("policy").set_index("policy")
@@ -149,12 +149,20 @@ def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> s
     if blind.empty:
         return f"{text}; no baseline was evaluated beside it."
     other = blind.loc[blind["rate"].astype(float).idxmax()]
+    if _episodes(rows, best["policy"]) != _episodes(rows, other["policy"]):
+        return f"{text}; the best baseline without sight, {other['policy']}, ran other episodes and is not compared."
     low, high = newcombe(best["successes"], best["episodes"], other["successes"], other["episodes"], level)
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "undetermined against"
     return (
         f"{text}, {verdict} the best baseline without sight, {other['policy']} ({other['successes']} of "
         f"{other['episodes']}; the difference lies between {_points(low)} and {_points(high)} points)."
     )
+
+
+def _episodes(rows: pd.DataFrame, policy: str) -> set[tuple[object, object]]:
+    """Which episodes of which tasks a policy ran: rates over different ones are not comparable."""
+    own = rows[rows["policy"] == policy]
+    return set(zip(own["task"], own["env_seed"], strict=True))
 
 
 def _told(row: pd.Series, level: float, aside: str = "") -> str:
