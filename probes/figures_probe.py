@@ -120,9 +120,7 @@ def similarity_figure(rows: pd.DataFrame, *, label_a: str = "A", label_b: str = 
             number = f"{value[i, j]:.2f}".replace("-", "−")
             text = f"({number})" if value[i, j] <= floor[i, j] else number
             colour = "white" if value[i, j] < 0.55 else INK
-            axis.text(
-                j, i, text, ha="center", va="center", fontsize=SMALL, color="white" if value[i, j] < 0.55 else INK
-            )
+            axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
     axis.set_xticks(range(len(across)), _thinned(across), rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(down)), _thinned(down))
     axis.tick_params(length=0)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MIN_IMAGES = 4  # the unbiased estimator divides by n (n - 3)
-MIN_UNITS = 20  # simulated, the bootstrap's 95 % cover 50-69 % with 5 episodes, 72-92 % with 10, 90-94 % with 20
+MIN_UNITS = 20  # simulated, the bootstrap's 95 % cover 50-69 % with 5 episodes, 72-92 % with 10, 84-94 % with 20
 GRAM_IMAGES = 8192  # up to here a whole Gram matrix (float64, 512 MiB) is held where that is the faster way
 _ROWS, _FEW_ROWS = 512, 64  # rows of Gram matrices that are worked on at once; few stay in the processor's cache
 

@@ -187,6 +187,32 @@ def test_interval_over_episodes_is_wider_than_over_their_repeated_frames() -> No
     assert episodes.value[0, 0] == frames.value[0, 0]
 
 
+def test_few_episodes_have_no_interval() -> None:
+    rng = np.random.default_rng(12)
+    x = rng.normal(size=(200, 5))
+    for count, known in ((similarity.MIN_UNITS, True), (similarity.MIN_UNITS - 1, False)):
+        result = cka_matrix({"x": x}, {"y": x + 1}, permutations=0, clusters=np.arange(200) % count)
+        assert np.isfinite(result.low[0, 0]) == np.isfinite(result.high[0, 0]) == known
+
+
+@pytest.mark.slow
+def test_interval_over_as_few_episodes_as_allowed_covers_as_stated() -> None:
+    """Ten frames an episode, four fifths of the variance shared by them; population CKA as below."""
+    rng, units, hits = np.random.default_rng(7), np.repeat(np.arange(similarity.MIN_UNITS), 10), 0
+    mix = rng.normal(size=(6, 5))
+    truth = np.square(mix).sum() / (np.sqrt(6) * np.linalg.norm(mix.T @ mix + np.eye(5)))
+
+    def frames(d: int) -> np.ndarray:
+        return np.sqrt(0.8) * rng.normal(size=(len(units), d))[units] + np.sqrt(0.2) * rng.normal(size=(len(units), d))
+
+    for trial in range(400):
+        x = frames(6)
+        y = x @ mix + frames(5)
+        result = cka_matrix({"x": x}, {"y": y}, permutations=0, clusters=units, seed=trial)
+        hits += bool(result.low[0, 0] <= truth <= result.high[0, 0])
+    assert 0.80 <= hits / 400 <= 0.97, hits / 400
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [60, 200])
 def test_interval_covers_the_truth(n: int) -> None:
