@@ -169,7 +169,12 @@ def load_policy(path: Path, device: str = "cpu") -> VLAPolicy:
             where=folder,
             fix="train it with --objective action, or give a policy's checkpoint",
         )
-    policy = VLAPolicy(_build(folder, description), PolicyConfig.from_dict(description["policy"]))
+    try:
+        config = PolicyConfig.from_dict(description["policy"])
+    except (KeyError, TypeError, ValueError) as error:  # a key of another version, or a damaged one
+        what = f"config.json does not describe a policy ({type(error).__name__}: {error})"
+        raise InputError(what, where=folder, fix="update vlm4vla, or use another checkpoint") from None
+    policy = VLAPolicy(_build(folder, description), config)
     fill(policy, folder)
     return policy.to(device).eval()
 

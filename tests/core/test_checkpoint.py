@@ -135,6 +135,12 @@ def other_family(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(description))
 
 
+def other_version(folder: Path) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    description["policy"]["temperature"] = 1.0
+    (folder / "config.json").write_text(json.dumps(description))
+
+
 @pytest.mark.parametrize(
     ("change", "resign", "message"),
     [
@@ -145,6 +151,7 @@ def other_family(folder: Path) -> None:
         (drop_weight, True, r"1 weights missing: backbone\.query"),
         (poison, True, r"head\.trunk\.0\.bias holds NaN"),
         (foreign, True, "does not describe a model of this project"),
+        (other_version, True, r"does not describe a policy .*'temperature'.*update vlm4vla"),
         (other_family, True, "unknown model family 'qwen2_5vl'"),
         (lambda f: folders.write_manifest(f, "rollouts", config={}, inputs={}), False, "expected a checkpoint, found"),
     ],
