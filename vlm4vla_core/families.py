@@ -83,7 +83,6 @@ class FamilySpec:
     attention: str
     unexpected: tuple[str, ...]
     head_weight: str  # name of the output layer in a full checkpoint, where it is not tied to the word embeddings
-    vision: str
     patch_embed: str
     blocks: str
     projector: str
@@ -244,7 +243,6 @@ _SPECS: dict[str, FamilySpec] = {
         attention="sdpa",
         unexpected=(r"lm_head\.weight",),
         head_weight="lm_head.weight",
-        vision="visual",
         patch_embed="visual.patch_embed",
         blocks="visual.blocks",
         projector="visual.merger",
