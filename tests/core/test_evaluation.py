@@ -251,3 +251,11 @@ def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: li
     assert message in line
     assert line.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_a_protocol_never_bears_its_name_alone() -> None:
+    from vlm4vla_core.sims import coverage
+
+    assert coverage("tabletop-abc-d@0", ["touch", "move", "touch"]) == "2 of its 4 tasks: touch, move"
+    assert coverage("tabletop-abc-d@0", ["lift", "push", "touch", "move"]) == "all 4 tasks"
+    assert coverage("elsewhere@3", ["b", "a", "b"]) == "tasks b, a"

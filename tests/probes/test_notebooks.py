@@ -141,7 +141,8 @@ def test_benchmark_results(tmp_path, monkeypatch):
     best = overall["tiny x, step 400"]
     assert (best["successes"], best["episodes"]) == (18, 40)
     assert (best["low"], best["high"]) == pytest.approx(proportion_confint(18, 40, method="wilson"))
-    assert results["answer"].startswith("On tabletop-abc-d@0, tiny x, step 400 succeeds in 18 of 40 episodes (45.0 %, ")
+    part = "On tabletop-abc-d@0 (2 of its 4 tasks: touch, push), "  # never the protocol's name alone
+    assert results["answer"].startswith(part + "tiny x, step 400 succeeds in 18 of 40 episodes (45.0 %, ")
     assert "better than the best baseline without sight, random (2 of 40" in results["answer"]
     assert [badge["key"] for badge in results["badges"]] == ["measured", "built-in", "tiny-random"]
     assert len(results["numbers"]["by_task"]) == 10

@@ -1,5 +1,5 @@
 """Simulators behind one small interface: `benchmark("tabletop-abc-d@0")` gives a named, versioned protocol."""
 
-from vlm4vla_core.sims.benchmarks import PROTOCOLS, BatchedEnv, Benchmark, benchmark
+from vlm4vla_core.sims.benchmarks import PROTOCOLS, BatchedEnv, Benchmark, benchmark, coverage
 
-__all__ = ["PROTOCOLS", "BatchedEnv", "Benchmark", "benchmark"]
+__all__ = ["PROTOCOLS", "BatchedEnv", "Benchmark", "benchmark", "coverage"]

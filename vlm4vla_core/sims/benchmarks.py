@@ -11,7 +11,7 @@ last) is applied by whoever runs the episode.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,3 +182,20 @@ def benchmark(protocol: str) -> Benchmark:
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, PROTOCOLS))
     return PROTOCOLS[protocol]
+
+
+def coverage(protocol: str, tasks: Iterable[str]) -> str:
+    """How much of a protocol these tasks are, in words: "all 4 tasks", or "2 of its 4 tasks: move, touch".
+
+    A result on a part of a protocol must not bear the protocol's name alone. For a protocol that is not known here,
+    the tasks are listed.
+    """
+    ran = list(dict.fromkeys(tasks))
+    known = PROTOCOLS[protocol].tasks if protocol in PROTOCOLS else None
+    if known is None:
+        return f"tasks {', '.join(ran)}"
+    return (
+        f"all {len(known)} tasks"
+        if set(ran) == set(known)
+        else f"{len(ran)} of its {len(known)} tasks: {', '.join(ran)}"
+    )

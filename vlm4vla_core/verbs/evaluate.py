@@ -39,6 +39,7 @@ class Args:
 def run(args: Args) -> int:
     from vlm4vla_core.evaluation import evaluate
     from vlm4vla_core.results import success_table, wilson
+    from vlm4vla_core.sims import coverage
 
     out = args.out or _default_out(args)
     rows = evaluate(
@@ -51,9 +52,10 @@ def run(args: Args) -> int:
     table = success_table(wanted, ["task"])
     k, n = int(wanted["success"].sum()), len(wanted)
     low, high = wilson(k, n)
-    print(f"{args.policy} on {args.benchmark} (success rule: {wanted['success_rule'].iloc[0]}, 95 % Wilson intervals)")
+    part = coverage(args.benchmark, wanted["task"])
+    print(f"{args.policy} on {args.benchmark}, {part}; success rule {wanted['success_rule'].iloc[0]}, Wilson intervals")
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print(f"all tasks: {k} of {n} = {k / n:.3f} [{low:.3f}, {high:.3f}]; rows in {out / 'rows.parquet'}")
+    print(f"together: {k} of {n} = {k / n:.3f} [{low:.3f}, {high:.3f}]; rows in {out / 'rows.parquet'}")
     if args.json:
         manifest = folders.read_manifest(out, "rollouts")
         folders.write_json(
@@ -61,6 +63,7 @@ def run(args: Args) -> int:
             {
                 "policy": args.policy,
                 "benchmark": manifest["config"]["benchmark"],
+                "coverage": part,
                 "episodes": n,
                 "successes": k,
                 "rate": k / n,

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probes.numbers import signed
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.results import EPISODE_COLUMNS, Interval, read_table, success_table, wilson
+from vlm4vla_core.sims import coverage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,9 +128,11 @@ def readable(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
 def protocol_words(rows: pd.DataFrame) -> str:
     """Protocol and success rule of these rows, for a caption."""
+    protocol = rows["protocol"].iloc[0]
     rules = " and ".join(sorted({str(rule).replace("_", " ") for rule in rows["success_rule"]}))
     return (
-        f"Protocol {rows['protocol'].iloc[0]}; an episode is a success if the goal holds at {rules}. "
+        f"Protocol {protocol}, {coverage(protocol, rows['task'])}; an episode is a success if the goal holds "
+        f"at {rules}. "
         "execute: actions carried out before the policy looks again."
     )
 
@@ -139,7 +143,8 @@ def protocol_words(rows: pd.DataFrame) -> str:
 def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> str:
     """One sentence: the best learned policy beside the best blind baseline, told apart or undetermined."""
     learned, blind = (table[table["kind"] == kind] for kind in ("learned", "blind"))
-    where = f"On {rows['protocol'].iloc[0]}"
+    protocol = rows["protocol"].iloc[0]
+    where = f"On {protocol} ({coverage(protocol, rows['task'])})"
     if learned.empty:
         best = table.loc[table["rate"].astype(float).idxmax()]
         return f"{where} no trained policy was evaluated; the highest success rate is that of {_told(best, level)}."
@@ -155,7 +160,7 @@ def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> s
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "undetermined against"
     return (
         f"{text}, {verdict} the best baseline without sight, {other['policy']} ({other['successes']} of "
-        f"{other['episodes']}; the difference lies between {_points(low)} and {_points(high)} points)."
+        f"{other['episodes']}; the difference lies between {signed(100 * low, 1)} and {signed(100 * high, 1)} points)."
     )
 
 
@@ -170,10 +175,6 @@ def _told(row: pd.Series, level: float, aside: str = "") -> str:
         f"{row['policy']}{aside} succeeds in {row['successes']} of {row['episodes']} episodes "
         f"({100 * row['rate']:.1f} %, {100 * level:g} % interval {100 * row['low']:.1f} to {100 * row['high']:.1f} %)"
     )
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 # --- figures ----------------------------------------------------------------------------------------------
