@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probes.labels import place_labels
+from probes.numbers import signed
 from probes.style import INK, MUTED, SMALL, TWO_COLUMN, Mark, figure_style, lineage_marks, new_figure
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _heading(pair: Pair, room: int) -> list[tuple[str, str, str]]:
     """Lines over a panel as (text, colour, slant): the numbers, then the verdict, wrapped to `room` letters."""
     span, p, without = pair.pearson.ci_fisher, pair.pearson.p_exact, _most_telling(pair)
     numbers = [
-        f"r {_signed(pair.pearson.r)} (95 % {_signed(span.low)} to {_signed(span.high)}), n {pair.n}",
+        f"r {signed(pair.pearson.r)} (95 % {signed(span.low)} to {signed(span.high)}), n {pair.n}",
         ("exact p " if pair.p_method == "exact" else "p ") + (f"{p:.4f}" if p < 0.01 else f"{p:.2f}"),
     ]
     if without is not None:
@@ -151,7 +152,7 @@ def _short(model: str) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+    return "–" if value is None else signed(value)
 
 
 def _legend(fig: Figure, marks: dict[str, Mark], width: float) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probes.numbers import plain
 from probes.style import GRID, INK, MUTED, PALETTE, SMALL, figure_style, new_figure
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def probe_figure(rows: pd.DataFrame, *, title: str = "") -> Figure:
             axis.plot([bar["low"], bar["high"]], [place, place], color=INK, linewidth=1.0, solid_capstyle="butt")
             end = max(end, bar["high"])
         axis.annotate(
-            f"{bar['r2']:.2f}".replace("-", "−"), (max(end, 0.0), place), xytext=(3, 0), textcoords="offset points",
+            plain(bar["r2"]), (max(end, 0.0), place), xytext=(3, 0), textcoords="offset points",
             va="center", fontsize=SMALL,
         )  # fmt: skip
     axis.axvline(0, color=MUTED, linewidth=0.7)
@@ -117,7 +118,7 @@ def similarity_figure(rows: pd.DataFrame, *, label_a: str = "A", label_b: str = 
     image = axis.imshow(value, vmin=0, vmax=1, aspect="equal")
     if max(value.shape) <= 10:
         for i, j in np.ndindex(*value.shape):
-            number = f"{value[i, j]:.2f}".replace("-", "−")
+            number = plain(float(value[i, j]))
             text = f"({number})" if value[i, j] <= floor[i, j] else number
             colour = "white" if value[i, j] < 0.55 else INK
             axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)

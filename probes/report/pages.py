@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probes.numbers import plain
 from probes.report.kernel import FOLDER_VARIABLE
 from probes.report.params import NotebookParams
 from probes.report.runner import RESULTS
@@ -137,7 +138,7 @@ def _cell(value: Any, digits: int) -> str:
     if value is None or value is pd.NA or value != value:
         return "–"
     if isinstance(value, float | np.floating):
-        return f"{value:.{digits}f}".replace("-", "−")
+        return plain(float(value), digits)
     return str(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from probes.report.views.words import signed, span
+from probes.numbers import signed, span
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from probes.report.views.words import data_badges, model_badges, plain, signed, span
+from probes.numbers import plain, signed, span
+from probes.report.views.origins import data_badges, model_badges
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,7 @@ def _compared(other: str, difference: Difference) -> str:
     if low is None or high is None:
         return f"{signed(difference.value)} against {other} (one episode, so undetermined)"
     word = "better than" if low > 0 else "worse than" if high < 0 else "undetermined against"
-    return f"{word} {other} (difference {span(low, high)})"
+    return f"{word} {other} (difference {span(low, high, digits=3)})"
 
 
 def difference_table(result: Probe) -> pd.DataFrame:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probes.report.views.words import data_badges, model_badges, signed, span
+from probes.numbers import signed, span
+from probes.report.views.origins import data_badges, model_badges
 from vlm4vla_core import folders
 
 if TYPE_CHECKING:

@@ -1,24 +1,9 @@
-"""Numbers in words, and where numbers come from: what all views share."""
+"""Where numbers come from, as badges: what views share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A number with its sign, and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def plain(value: float, digits: int = 2) -> str:
-    """A number with a true minus, and no plus."""
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def span(low: float, high: float, digits: int = 2) -> str:
-    """`+0.12 to +0.34`."""
-    return f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def model_badges(*manifests: Mapping[str, Any]) -> list[str]:
