@@ -71,9 +71,9 @@ class TrainConfig(BaseModel):
 PRESETS: dict[str, dict[str, Any]] = {
     # A random model of 0.3 M parameters on the CPU: a minute or two. Tuned on held-out episodes of the built-in world.
     "tiny": {
-        "backbone": "tiny", "image_size": 112, "chunk": 4, "head_width": 128, "gripper_weight": 0.03,
-        "max_steps": 1200, "batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 60,
-        "betas": (0.9, 0.98), "weight_decay": 0.02, "clip": 0.3, "save_every": 400, "val_every": 400, "threads": 1,
+        "backbone": "tiny", "image_size": 112, "chunk": 4, "head_width": 256, "gripper_weight": 0.03,
+        "max_steps": 400, "batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 60,
+        "betas": (0.9, 0.98), "weight_decay": 0.02, "clip": 1.0, "save_every": 100, "val_every": 100, "threads": 1,
     },
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ from vlm4vla_core.presets import TrainConfig, make_config
 from vlm4vla_core.training import learning_rate, train, up_to_date
 
 SMALL = {
-    "image_size": 56, "chunk": 2, "head_width": 16, "max_steps": 8, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2,
+    "image_size": 28, "chunk": 2, "head_width": 16, "max_steps": 8, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2,
     "schedule": "cosine", "clip": 1.0, "weight_decay": 0.01, "save_every": 3, "val_every": 0, "log_every": 1,
     "val_rows": 12, "threads": 1,
 }  # fmt: skip
