@@ -9,6 +9,7 @@ Trap: a folder without its manifest is not a product, however complete it looks.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -224,8 +225,9 @@ def new_folder(final: Path) -> Iterator[Path]:
     final = Path(final).resolve()  # of a link the target is replaced, not the link
     check_replaceable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(final)
+    mine = f".{final.name}.{platform.node()}-{os.getpid()}"
+    temporary, old = final.with_name(f"{mine}.tmp"), final.with_name(f"{mine}.old")
     temporary.mkdir()
     try:
         yield temporary
@@ -233,7 +235,6 @@ def new_folder(final: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-        old = final.with_name(f".{final.name}.{os.getpid()}.old")
         if final.exists():
             final.replace(old)
         temporary.replace(final)
@@ -241,3 +242,25 @@ def new_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sweep(final: Path) -> None:
+    """Remove what killed processes of this machine left beside `final`; a product they had set aside comes back."""
+    for left in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(platform.node())}-*"):
+        words = left.name.rpartition("-")[2].split(".")
+        if len(words) != 2 or not words[0].isdigit() or _alive(int(words[0])):
+            continue
+        if words[1] == "old" and not final.exists():  # killed between the two renames of `new_folder`
+            left.replace(final)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,31 @@ def test_the_commit_is_this_project_s_or_unknown(tmp_path: Path, monkeypatch: py
     assert folders.provenance()["commit"] == "unknown"
     monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
     assert len(folders.provenance()["commit"]) == 40
+
+
+def test_what_a_kill_9_left_is_swept_up_next_time(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom vlm4vla_core import folders\n"
+        "with folders.new_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'a.txt').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    (tmp_path / ".out.elsewhere-1.tmp").mkdir()  # another machine's, maybe alive
+    _product(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.elsewhere-1.tmp", "out"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    _product(tmp_path / "out", "old")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "out").rename(tmp_path / f".out.{platform.node()}-{dead.pid}.old")
+    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "out"):
+        raise RuntimeError("killed again")
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
 
 
 def test_manifest_lists_every_file_with_its_true_hash(tmp_path: Path) -> None:
