@@ -16,10 +16,10 @@
 # %% [markdown]
 # # How often does each policy succeed?
 #
-# Every policy is rolled out closed loop on the same initial states. Beside the trained policies stand baselines that
-# never look at the picture (`zero`: no motion, `random`: random motion, `mean-action`: the mean demonstrated action)
-# and, where it was evaluated, the `scripted` expert, which reads the simulator's state and bounds what the
-# demonstrations can teach.
+# Every policy is rolled out closed loop; two are compared where they ran the same episodes. Beside the trained
+# policies stand baselines that never look at the picture (`zero`: no motion, `random`: random motion, `mean-action`:
+# the mean demonstrated action) and, where it was evaluated, the `scripted` expert, which reads the simulator's state
+# and bounds what the demonstrations can teach.
 
 # %% tags=["parameters"]
 rows = ["runs/walk/eval/*"]

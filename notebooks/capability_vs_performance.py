@@ -17,7 +17,7 @@
 # # Do better VLMs make better policies?
 #
 # Every VLM capability score is correlated with every benchmark over the models that have both. With a handful of models
-# the interval decides what may be said: a correlation is *undetermined* unless its interval leaves zero out, its exact
+# the interval decides what may be said: a correlation is *undetermined* unless its interval leaves zero out, its
 # permutation p holds up with every pair counted, and no single model turns its sign. Models of one lineage are no
 # independent draws, so a correlation that lives between lineages only is called that.
 
@@ -60,8 +60,8 @@ pages.statements(view.verdicts(found))
 # %% [markdown]
 # ## The numbers
 #
-# p: two-sided permutation test over all arrangements of the models. p, all pairs: the same for the largest |r| of all
-# pairs looked at. p within lineages: only models of one lineage change places.
+# p: two-sided permutation test over all arrangements of the models (above ten models, over random ones). p, all pairs:
+# the same for the largest |r| of all pairs looked at. p within lineages: only models of one lineage change places.
 
 # %%
 pages.table(view.pair_table(found))

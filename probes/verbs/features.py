@@ -4,8 +4,8 @@ CHECKPOINT is a checkpoint or run folder (of a policy or of a language objective
 vision.0 (output of the first block), vision.-1 (the last), vision.0..-1 (all of them), projector (what the language
 model reads). To read out positions, pool by grid. Issuing the same command again does nothing.
 
-Example: vlm4vla features runs/walk/vla --data runs/walk/store --layers vision.0..-1 projector --pool grid
-         --out runs/walk/features
+Example: vlm4vla features runs/walk/vla --data runs/walk/demos --layers vision.0..-1 projector --pool grid
+         --out runs/walk/features-trained
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Ridge in closed form; its strength is chosen on validation episodes, everything 
 R² counts from the mean predictor (0); intervals are over episodes. Beside it: the same readout of the pixels (16 x 16)
 and of shuffled labels. With --against, the difference on the same episodes (paired).
 
-Example: vlm4vla probe runs/walk/features-vla --against runs/walk/features-start --data runs/walk/store
+Example: vlm4vla probe runs/walk/features-trained --against runs/walk/features-start --data runs/walk/demos
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 NOTEBOOK is a notebook that ships, the path of one of your own, `all` (every one that ships, then the index) or
 `index` (only the index). A report whose parameters, inputs, notebook and code are unchanged is not run again.
 
-Example: vlm4vla report benchmark_results -p rows runs/walk/eval/policy -p level 0.9 --out reports
+Example: vlm4vla report benchmark_results -p rows runs/walk/eval/vla -p level 0.9 --out reports
 """
 
 from __future__ import annotations

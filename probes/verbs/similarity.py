@@ -3,7 +3,7 @@
 The debiased estimator, in float64; an interval by bootstrap over episodes (or over images), and as a floor what
 remains when the images of one side are shuffled. Features of different frames are refused.
 
-Example: vlm4vla similarity runs/walk/features-vla runs/walk/features-start --json runs/walk/similarity.json
+Example: vlm4vla similarity runs/walk/features-trained runs/walk/features-start --json runs/walk/similarity.json
 """
 
 from __future__ import annotations
