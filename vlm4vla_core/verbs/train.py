@@ -51,6 +51,18 @@ _SETTINGS = (
     "objective", "backbone", "max_steps", "batch_size", "lr", "seed", "save_every", "camera", "threads",
 )  # fmt: skip
 
+# Names of the measured values (see `validation`) for people.
+_LABELS = {
+    "arm": "arm loss (Huber)",
+    "gripper": "gripper loss (cross-entropy)",
+    "constant_arm": "  arm loss of a constant action",
+    "gripper_accuracy": "gripper accuracy",
+    "gripper_majority": "  of always the commoner state",
+    "token_accuracy": "answer tokens right",
+    "answer_accuracy": "answers right",
+    "majority": "  of always the commonest answer",
+}
+
 
 def run(args: Args) -> int:
     from vlm4vla_core.presets import make_config
@@ -74,6 +86,8 @@ def _summary(out: Path, last: Path) -> dict[str, Any]:
     settings = folders.read_json(out / "run.json")
     manifest = folders.read_manifest(last, "checkpoint")
     start = folders.read_manifest(last.parent / "step-000000", "checkpoint")
+    policy = folders.read_json(last / "config.json")["policy"]
+    units = dict(zip(policy["convention"]["names"], policy["convention"]["units"], strict=True)) if policy else {}
     return {
         "run": str(out),
         "checkpoint": str(last),
@@ -82,6 +96,7 @@ def _summary(out: Path, last: Path) -> dict[str, Any]:
         "parameters": settings["parameters"],
         "start": start["metrics"],
         "end": manifest["metrics"],
+        "units": units,
     }
 
 
@@ -95,10 +110,11 @@ def _print(summary: dict[str, Any]) -> None:
     print(line)
     start, end = summary["start"], summary["end"]
     if end:
-        print(f"{'held-out':<22}{'start':>10}{'end':>10}   ({end['rows']} rows)")
+        print(f"{'held-out':<36}{'start':>10}{'end':>10}   ({end['rows']} rows)")
         for name in end:
             if isinstance(end[name], float):
-                print(f"{name:<22}{start[name]:>10.4f}{end[name]:>10.4f}")
+                print(f"{_LABELS.get(name, name):<36}{start[name]:>10.4f}{end[name]:>10.4f}")
         for name, value in end.get("error", {}).items():
-            print(f"{'error ' + name:<22}{start['error'][name]:>10.4f}{value:>10.4f}")
+            label = f"mean error {name} [{summary['units'][name]}]"
+            print(f"{label:<36}{start['error'][name]:>10.4f}{value:>10.4f}")
     print(f"checkpoint: {summary['checkpoint']}")
