@@ -180,7 +180,7 @@ def extract(
     blocks: Any = backbone.base.get_submodule(backbone.spec.blocks)
     available = [*(f"vision.{place}" for place in range(len(blocks))), "projector"]
     names = resolve_layers(layers, available)
-    with folders.new_folder(out) as folder, torch.inference_mode():
+    with folders.new_folder(out, KIND) as folder, torch.inference_mode():
         shard: list[dict[str, np.ndarray]] = []
         held = count = 0
         for start in range(0, len(rows), batch_size):

@@ -127,7 +127,7 @@ def save(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "lineage": backbone.lineage,
     }
-    with folders.new_folder(folder) as temporary:
+    with folders.new_folder(folder, KIND) as temporary:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         folders.write_json(temporary / CONFIG, description)
         backbone.tokenizer.save_pretrained(temporary)

@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `vlm4vla … | head`
         sys.stderr.close()
         return 1
-    except OSError as error:  # disk full, read-only folder: nothing is half-written, and a traceback would not help
-        print(f"vlm4vla {words[0]}: {error}; nothing half-written was left", file=sys.stderr)
+    except OSError as error:  # disk full, no permission: the line says it, a traceback would not help
+        print(f"vlm4vla {words[0]}: {error}", file=sys.stderr)
         return 1
 
 
@@ -85,7 +85,19 @@ def _call(verb: str, words: list[str]) -> int:
         args = tyro.cli(module.Args, args=words, prog=f"vlm4vla {verb}", description=module.__doc__)
     except SystemExit as stop:  # tyro has printed its help (0) or its error (2)
         return int(stop.code or 0)
+    _check_outputs(args)
     return int(module.run(args) or 0)
+
+
+def _check_outputs(args: object) -> None:
+    """Refuse impossible output paths before the work, not after it."""
+    for name in ("json", "sheet", "plot"):
+        path = getattr(args, name, None)
+        if path is not None and path.is_dir():
+            raise InputError(f"--{name} names a folder, not a file", where=path)
+    out = getattr(args, "out", None)
+    if out is not None and out.is_file():
+        raise InputError("--out names a file, not a folder", where=out)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.D
     import pandas as pd
 
     if not (out / folders.MANIFEST).exists():
-        folders.check_replaceable(out)
+        folders.check_replaceable(out, "rollouts")
         return None
     manifest = folders.read_manifest(out, "rollouts")
     if manifest["config"] != config or manifest["inputs"] != inputs:
@@ -299,7 +299,7 @@ def _save(
     added = pd.DataFrame(fresh, columns=list(EPISODE_COLUMNS), dtype=object)
     parts = [added] if old is None else [old.astype(object), added]
     rows = pd.concat(parts, ignore_index=True).convert_dtypes()
-    with folders.new_folder(out) as folder:
+    with folders.new_folder(out, "rollouts") as folder:
         rows.to_parquet(folder / "rows.parquet", index=False)
         folders.write_manifest(folder, "rollouts", config=config, inputs=inputs, episodes=len(rows))
     return rows

@@ -28,6 +28,8 @@ from vlm4vla_core.errors import InputError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STORE_MANIFEST = "dataset.json"  # what an episode store calls its manifest
+# What a manifest's kind is called in messages.
+_THINGS = {"episodes": "episode store", "features": "features folder", "rollouts": "rollouts folder"}
 _VERSIONED = ("vlm4vla", "torch", "transformers", "numpy", "pandas", "pyarrow", "scipy")
 
 
@@ -73,11 +75,14 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
@@ -165,21 +170,24 @@ def read_manifest(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError("no such folder", where=folder, fix=fix)
-    path = folder / name
+        raise InputError("this is a file, not a folder" if folder.exists() else "no such folder", where=folder, fix=fix)
+    path, thing = folder / name, _THINGS.get(kind, kind)
     if not path.is_file():
-        raise InputError(f"this folder has no {name}, so it is no finished {kind}", where=folder, fix=fix)
+        raise InputError(f"this folder has no {name}, so it is no finished {thing}", where=folder, fix=fix)
     manifest = read_json(path, fix=fix)
     if not isinstance(manifest, dict) or manifest.get("format") != f"vlm4vla-{kind}":
         found = manifest.get("format", "unknown") if isinstance(manifest, dict) else type(manifest).__name__
-        raise InputError(f"expected a {kind}, found format '{found}'", where=path, fix=fix)
-    if manifest.get("version", 0) > FORMAT_VERSION:
+        raise InputError(f"expected a {thing}, found format '{found}'", where=path, fix=fix)
+    shape = {"version": int, "config": dict, "inputs": dict, "files": dict, "fingerprint": str}
+    if wrong := [key for key, kind_of in shape.items() if not isinstance(manifest.get(key), kind_of)]:
+        raise InputError(f"the manifest lacks a proper {', '.join(wrong)}", where=path, fix=fix or "remake the folder")
+    if manifest["version"] > FORMAT_VERSION:
         raise InputError(
             f"written by a newer vlm4vla (format {manifest['version']}, this one reads {FORMAT_VERSION})",
             where=path,
             fix="update vlm4vla",
         )
-    for relative, entry in manifest.get("files", {}).items():
+    for relative, entry in manifest["files"].items():
         target = folder / relative
         if not target.is_file():
             raise InputError("a file listed in the manifest is missing", where=target, fix=fix or "remake the folder")
@@ -206,24 +214,42 @@ def current(
     return manifest.get("config") == wanted["config"] and manifest.get("inputs") == wanted["inputs"]
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise InputError when `folder` is there and holds something that is no product of a verb."""
-    if not folder.exists() or any((folder / name).is_file() for name in (MANIFEST, STORE_MANIFEST)):
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Raise InputError when `folder` is there and holds anything but a product of this kind."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not folder.is_dir() or any(folder.iterdir()):
-        what = "already holds something that is no finished product of vlm4vla"
-        raise InputError(what, where=folder, fix="give another --out, or remove it")
+    for name in (MANIFEST, STORE_MANIFEST):
+        if (folder / name).is_file():
+            manifest = read_json(folder / name, fix="give another --out, or remove the folder")
+            if isinstance(manifest, dict) and manifest.get("format") == f"vlm4vla-{kind}":
+                return
+    what = f"this folder already holds something that is no {_THINGS.get(kind, kind)}"
+    raise InputError(what, where=folder, fix="give another --out, or remove it")
+
+
+def refuse_other(folder: Path, kind: str, *, name: str = MANIFEST) -> None:
+    """Raise InputError when `folder` holds a whole product of this kind, to be called when it is not the wanted one.
+
+    For what took long to make (stores): a damaged one may be replaced, a good one with other settings may not.
+    """
+    try:
+        read_manifest(folder, kind, name=name)
+    except InputError:
+        return
+    what = f"this folder holds a {_THINGS.get(kind, kind)} made with other settings or from other inputs"
+    raise InputError(what, where=folder, fix="give another --out, or remove it")
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary sibling of `final`; on success flush and rename it into place, else remove it.
 
-    An older product under the final name is replaced only after the new one is whole; anything else that stands
-    there (a run with its checkpoints, a user's own folder) is refused with an InputError before the work begins.
+    An older product of the same kind is replaced only after the new one is whole; anything else that stands there
+    (a run with its checkpoints, the store that was read, a user's own folder) is refused with an InputError before
+    the work begins.
     """
     final = Path(final).resolve()  # of a link the target is replaced, not the link
-    check_replaceable(final)
+    check_replaceable(final, kind)
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep(final)
     mine = f".{final.name}.{platform.node()}-{os.getpid()}"

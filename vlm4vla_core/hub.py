@@ -9,6 +9,7 @@ Trap: a headless load that matches no key succeeds in transformers and returns a
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,13 +68,14 @@ def _config(path: str) -> Any:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise InputError("this folder has no config.json, so it is no model", where=path)
-        kind = _json(local / "config.json").get("model_type", "")
+        config = _json(local / "config.json")
+        kind = str(config.get("model_type", "")) if isinstance(config, dict) else ""
         if kind not in CONFIG_MAPPING_NAMES:
             from vlm4vla_core.families import families
 
             raise InputError(f"no model family for model_type '{kind}'", where=path, fix=nearest(kind, families()))
-    elif local.exists() or path.startswith((".", "/")):
-        raise InputError("no such model folder", where=path)
+    elif local.exists() or path.startswith((".", "/")) or path.count("/") != 1:
+        raise InputError("no such model folder", where=path, fix="a hub id looks like owner/name")
     return _from_pretrained(AutoConfig, path)
 
 
@@ -87,6 +89,7 @@ def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
     """`auto.from_pretrained`, its many kinds of failure told in one line."""
     import safetensors
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a dozen lines, end in one of ours
     try:
         return auto.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:

@@ -30,7 +30,7 @@ import numpy as np
 
 from vlm4vla_core import checkpoint, folders
 from vlm4vla_core.episodes.sampling import action_chunks, batch_rows, split_episodes
-from vlm4vla_core.episodes.store import EpisodeStore
+from vlm4vla_core.episodes.store import REMAKE, EpisodeStore
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.progress import progress
@@ -256,6 +256,8 @@ def train(config: TrainConfig, data: Path | str, out: Path | str) -> Path:
         return done
     inputs, identity = run_inputs(config, data), config.identity()
     store = EpisodeStore.open(data)
+    if len(bad := np.flatnonzero(~np.isfinite(store.action).all(1))):
+        raise InputError(f"{len(bad)} actions are NaN or infinite, the first in row {bad[0]}", where=data, fix=REMAKE)
     camera = _camera(config, store)
     _refuse_changes(out, identity, inputs)  # before the lock, which would write into a folder that is no run
     with _locked(out), _threads(config.threads):

@@ -128,7 +128,7 @@ def _write(
     from probes.verbs.shared import write_result
 
     frame, gradient_frame = weights.to_frame(), gradients.to_frame() if gradients else None
-    with folders.new_folder(out) as folder:
+    with folders.new_folder(out, "divergence") as folder:
         frame.to_parquet(folder / "weights.parquet")
         weights.parameter_frame().to_parquet(folder / "parameters.parquet")
         if gradient_frame is not None:

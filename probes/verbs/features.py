@@ -100,7 +100,8 @@ def _model(path: Path) -> tuple[Path, dict[str, Any]]:
         described = config["backbone"]
         camera = (config.get("policy") or {}).get("camera")
         return folder, {"family": described["family"], "image_size": described["image_size"], "camera": camera}
-    kind = str(folders.read_json(path / checkpoint.CONFIG).get("model_type", ""))
+    published = folders.read_json(path / checkpoint.CONFIG)
+    kind = str(published.get("model_type", "")) if isinstance(published, dict) else ""
     spec = family(family_of(kind, where=path).name)
     return path, {"family": spec.name, "image_size": spec.image_size, "camera": None}
 

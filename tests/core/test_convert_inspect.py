@@ -45,16 +45,21 @@ def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.
     again = json.loads((tmp_path / "again.json").read_text())
     assert {**told, "frames_per_s": None} == again
 
-    assert main([*command, "--size", "16"]) == 0  # another size: made anew, over the old one
-    assert "is up to date" not in capsys.readouterr().out
-    store = EpisodeStore.open(out)
-    assert store.images("image_0", [0]).shape == (1, 16, 16, 3)
+    assert main([*command, "--size", "16"]) == 2  # a good store is never replaced by one with other settings
+    assert "made with other settings" in one_line(capsys)
+    assert (out / "dataset.json").stat().st_mtime_ns == before
+    other = tmp_path / "other"
+    command[4] = str(other)
+    assert main([*command, "--size", "16"]) == 0
+    assert EpisodeStore.open(other).images("image_0", [0]).shape == (1, 16, 16, 3)
     write_tfds(source, {"train": [[bridge_episode(7, steps=6)]]})
-    assert main([*command, "--size", "16"]) == 0  # other content: made anew
-    assert len(EpisodeStore.open(out)) == 4
+    assert main([*command, "--size", "16"]) == 2  # nor by one with other content
+    (other / "steps-00000.arrow").unlink()
+    assert main([*command, "--size", "16"]) == 0  # a damaged one is made again
+    assert len(EpisodeStore.open(other)) == 4
 
     capsys.readouterr()
-    assert main(["inspect", str(out), "--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "i.json")]) == 0
+    assert main(["inspect", str(other), "--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "i.json")]) == 0
     text = capsys.readouterr().out
     assert "episodes  1 (1 train)" in text
     assert "do thing 1" in text
@@ -76,9 +81,12 @@ def test_the_order_of_cameras_is_the_user_s_and_decides_the_store(tmp_path: Path
     seen = [jpeg(200)] * 6
     source = write_tfds(tmp_path / "mini" / "1.0.0", {"train": [[bridge_episode(0, steps=6, image_1=seen)]]})
     for names in (("image_1", "image_0"), ("image_0", "image_1")):
-        assert main(["convert", "rlds", str(source), "--out", str(tmp_path / "s"), "--cameras", *names]) == 0
-        assert EpisodeStore.open(tmp_path / "s").cameras == names
-        assert "up to date" not in capsys.readouterr().out
+        out = tmp_path / names[0]
+        assert main(["convert", "rlds", str(source), "--out", str(out), "--cameras", *names]) == 0
+        assert EpisodeStore.open(out).cameras == names
+    capsys.readouterr()
+    assert main(["convert", "rlds", str(source), "--out", str(out), "--cameras", *reversed(names)]) == 2
+    assert "made with other settings" in one_line(capsys)
 
 
 def fails(capsys: pytest.CaptureFixture[str], out: Path, source: Path, *more: str) -> str:

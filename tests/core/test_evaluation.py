@@ -181,7 +181,7 @@ def test_a_task_named_twice_is_run_once(tmp_path: Path, line_world: list[int]) -
 def test_a_folder_of_something_else_is_refused_before_any_episode(tmp_path: Path, line_world: list[int]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(InputError, match=r"no finished product.*give another --out"):
+    with pytest.raises(InputError, match=r"no rollouts folder.*give another --out"):
         evaluation.evaluate("zero", "line@1", tmp_path / "run", episodes=1)
     assert line_world == [] and (tmp_path / "run" / "run.json").exists()
 

@@ -17,14 +17,14 @@ from vlm4vla_core.errors import InputError
 
 
 def _product(folder: Path, text: str = "hello", **config: object) -> dict:
-    with folders.new_folder(folder) as temporary:
+    with folders.new_folder(folder, "thing") as temporary:
         (temporary / "a.txt").write_text(text)
         return folders.write_manifest(temporary, "thing", config=config, inputs={"source": "abc"})
 
 
 def test_a_killed_write_leaves_the_old_folder_and_no_new_one(tmp_path: Path) -> None:
     _product(tmp_path / "out", "old")
-    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "out") as temporary:
+    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "out", "thing") as temporary:
         (temporary / "a.txt").write_text("new")
         raise RuntimeError("killed")
     assert (tmp_path / "out" / "a.txt").read_text() == "old"
@@ -35,7 +35,7 @@ def test_a_killed_write_leaves_the_old_folder_and_no_new_one(tmp_path: Path) -> 
 def test_what_is_no_product_is_never_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(InputError, match=r"no finished product.*give another --out"):
+    with pytest.raises(InputError, match=r"something that is no thing.*give another --out"):
         _product(tmp_path / "out")
     assert (tmp_path / "out" / name).read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -61,10 +61,21 @@ def test_the_commit_is_this_project_s_or_unknown(tmp_path: Path, monkeypatch: py
     assert len(folders.provenance()["commit"]) == 40
 
 
+def test_a_product_of_another_kind_is_never_replaced(tmp_path: Path) -> None:
+    _product(tmp_path / "out")
+    with pytest.raises(InputError, match="something that is no rollouts folder"):
+        folders.new_folder(tmp_path / "out", "rollouts").__enter__()
+    with pytest.raises(InputError, match="made with other settings"):
+        folders.refuse_other(tmp_path / "out", "thing")
+    assert (tmp_path / "out" / "a.txt").read_text() == "hello"
+    (tmp_path / "out" / "a.txt").unlink()
+    folders.refuse_other(tmp_path / "out", "thing")  # a damaged one may be made again
+
+
 def test_what_a_kill_9_left_is_swept_up_next_time(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom vlm4vla_core import folders\n"
-        "with folders.new_folder(Path(sys.argv[1])) as folder:\n"
+        "with folders.new_folder(Path(sys.argv[1]), 'thing') as folder:\n"
         "    (folder / 'a.txt').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=60)
@@ -81,7 +92,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / "out").rename(tmp_path / f".out.{platform.node()}-{dead.pid}.old")
-    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "out"):
+    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "out", "thing"):
         raise RuntimeError("killed again")
     assert (tmp_path / "out" / "a.txt").read_text() == "old"
 
@@ -91,6 +102,11 @@ def test_manifest_lists_every_file_with_its_true_hash(tmp_path: Path) -> None:
     assert manifest["files"]["a.txt"]["bytes"] == 5
     assert manifest["files"]["a.txt"]["sha256"] == hashlib.sha256(b"hello").hexdigest()[:16]
     assert manifest["made_by"]["versions"]["numpy"]
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    told = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**told, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +120,10 @@ def test_manifest_lists_every_file_with_its_true_hash(tmp_path: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text("[]"), "expected a thing"),
         (lambda folder: (folder / "manifest.json").write_text('{"format": "vlm4vla-other"}'), "vlm4vla-other"),
         (
-            lambda folder: (folder / "manifest.json").write_text('{"format": "vlm4vla-thing", "version": 99}'),
+            lambda folder: _edit(folder, version=99),
             "newer vlm4vla",
         ),
+        (lambda folder: _edit(folder, version="one", inputs=None), "lacks a proper version, inputs"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:

@@ -120,7 +120,7 @@ def rollouts(folder: Path, model: str, successes: dict[str, int], n: int, **more
          "success_rule": "any_step", "steps": 9, "wall_s": 0.1, **more}
         for task, k in successes.items() for i in range(n)
     ]  # fmt: skip
-    with folders.new_folder(folder) as made:
+    with folders.new_folder(folder, "rollouts") as made:
         pd.DataFrame(rows, columns=list(EPISODE_COLUMNS)).to_parquet(made / "rows.parquet")
         folders.write_manifest(made, "rollouts", config={"model": model}, inputs={})
     return folder
@@ -204,7 +204,7 @@ def write_features(folder: Path, store: Any, layer: np.ndarray, label: str, **mo
     from safetensors.numpy import save_file
 
     n = len(store)
-    with folders.new_folder(folder) as made:
+    with folders.new_folder(folder, "features") as made:
         save_file({"vision.0": layer.astype(np.float32)}, made / "features-00000.safetensors")
         index = {"row": np.arange(n), "episode": store.episode_of, "step": store.step_of, "split": ["train"] * n}
         pd.DataFrame(index).to_parquet(made / "index.parquet")
@@ -253,7 +253,7 @@ def divergence(folder: Path, cosine: float | None, gradient: tuple[float, float,
     total = {"n_params": 400, "rel_norm_a": 0.123, "rel_norm_c": 0.456, "cosine": cosine, "null_sd": 0.05}
     told = {"config": {"batches": 4, "batch_size": 16}, "total": total, "weights": [], "gradients": [],
             "head": "own head", "unmatched": [], "excluded": []}  # fmt: skip
-    with folders.new_folder(folder) as made:
+    with folders.new_folder(folder, "divergence") as made:
         weights.to_parquet(made / "weights.parquet")
         if gradient is not None:
             value, low, high = gradient

@@ -59,9 +59,7 @@ def write_store(
     holds something that is no store.
     """
     out = Path(out)
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError("already holds something that is no episode store", where=out, fix="give another --out")
-    with folders.new_folder(out) as folder:
+    with folders.new_folder(out, KIND) as folder:
         writer = Writer(folder, convention, state_names, image_size, jpeg_quality, jpeg_444, dict(column_names or {}))
         for episode in episodes:
             writer.add(episode)

@@ -71,6 +71,7 @@ def run(args: Args) -> None:
     if folders.current(args.out, "episodes", config=config, inputs=inputs, name=folders.STORE_MANIFEST):
         print(f"{args.out} is up to date")
     else:
+        folders.refuse_other(args.out, "episodes", name=folders.STORE_MANIFEST)
         rate = _convert(args, dataset, config, inputs)
     if args.json:
         manifest = folders.read_json(args.out / folders.STORE_MANIFEST)

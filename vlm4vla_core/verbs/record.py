@@ -48,6 +48,7 @@ def run(args: Args) -> int:
     if folders.current(args.out, "episodes", config=config, inputs={}, name=folders.STORE_MANIFEST):
         print(f"{args.out} is up to date")
     else:
+        folders.refuse_other(args.out, "episodes", name=folders.STORE_MANIFEST)
         rate = _record(args, tasks, config)
     if args.json:
         manifest = folders.read_json(args.out / folders.STORE_MANIFEST)
