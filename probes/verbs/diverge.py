@@ -163,7 +163,8 @@ def _print(weights: WeightDivergence, gradients: GradientDivergence | None, head
         return
     pairs = "all pairs of half-batches" if gradients.all_pairs else "halves of the same batch only"
     print(f"gradients at the base: {gradients.batches} batches per loss, products of {pairs}; {head}")
-    print(show(gradients.to_frame().drop(columns=["n_params"])))
+    frame = gradients.to_frame().drop(columns=["n_params"])
+    print(show(frame if frame["verdict"].any() else frame.drop(columns=["verdict"])))
 
 
 def _json(args: Args) -> None:

@@ -144,6 +144,7 @@ def test_benchmark_results(tmp_path, monkeypatch):
     part = "On tabletop-abc-d@0 (2 of its 4 tasks: touch, push), "  # never the protocol's name alone
     assert results["answer"].startswith(part + "tiny x, step 400 succeeds in 18 of 40 episodes (45.0 %, ")
     assert "better than the best baseline without sight, random (2 of 40" in results["answer"]
+    assert results["answer"].endswith("touch 15 of 20 (random: 2 of 20), push 3 of 20 (random: 0 of 20).")
     assert [badge["key"] for badge in results["badges"]] == ["measured", "built-in", "tiny-random"]
     assert len(results["numbers"]["by_task"]) == 10
 
@@ -299,3 +300,15 @@ def test_divergence_says_no_more_than_its_intervals(tmp_path, cosine, gradient, 
 def test_the_base_model_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="extra_forbidden"):
         NotebookParams(anything=1)
+
+
+def test_the_divergence_sentence_names_the_groups_behind_an_average():
+    def row(group: str, a: float, c: float, cosine: float) -> dict[str, Any]:
+        return {"group": group, "rel_norm_a": a, "rel_norm_c": c, "cosine": cosine, "null_sd": 0.01}
+
+    weights = [row("vision.0", 0.1, 0.4, -0.5), row("embeddings", 0.8, 0.02, 0.029), row("decoder.0", 0.2, 0.2, 0.031)]
+    total = {"rel_norm_a": 0.6, "rel_norm_c": 0.1, "cosine": 0.001, "null_sd": 0.004}
+    answer = training_divergence.answer({"total": total, "weights": weights}, None)
+    assert "60.0 % of their norm (most in embeddings, 80.0 %)" in answer
+    assert "VLA training by 10.0 % (most in vision.0, 40.0 %)" in answer
+    assert "beyond 3 sd of random changes in 2 of 3 module groups (vision.0 −0.50 most)" in answer

@@ -3,7 +3,7 @@
 POLICY is a checkpoint or run folder, or a baseline: random, zero, mean-action (needs --data), scripted.
 Issuing the command again with more episodes runs only the missing ones.
 
-Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-abc-d@0 --episodes 50
+Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-abc-d@0 --tasks move touch --episodes 50
 """
 
 from __future__ import annotations

@@ -161,7 +161,20 @@ def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> s
     return (
         f"{text}, {verdict} the best baseline without sight, {other['policy']} ({other['successes']} of "
         f"{other['episodes']}; the difference lies between {signed(100 * low, 1)} and {signed(100 * high, 1)} points)."
+        f"{_by_task(rows, best['policy'], list(blind['policy']))}"
     )
+
+
+def _by_task(rows: pd.DataFrame, policy: str, blind: list[str]) -> str:
+    """The same task by task, against each task's own best baseline: a pooled rate may hide a task at its floor."""
+    table = success(rows, by=("task", "policy"))
+    parts = []
+    for task, part in table.groupby("task", sort=False):
+        own, others = part[part["policy"] == policy].iloc[0], part[part["policy"].isin(blind)]
+        other = others.loc[others["rate"].astype(float).idxmax()]
+        floor = f"{other['policy']}: {other['successes']} of {other['episodes']}"
+        parts.append(f"{task} {own['successes']} of {own['episodes']} ({floor})")
+    return f" By task, with the best baseline: {', '.join(parts)}." if len(parts) > 1 else ""
 
 
 def _episodes(rows: pd.DataFrame, policy: str) -> set[tuple[object, object]]:

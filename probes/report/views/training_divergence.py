@@ -31,16 +31,41 @@ def answer(told: Mapping[str, Any], gradients: pd.DataFrame | None) -> str:
         "an unknown share" if total[key] is None else f"{100 * total[key]:.1f} %"
         for key in ("rel_norm_a", "rel_norm_c")
     )
-    text = f"From one base, VLM training moved the weights by {vlm} of their norm and VLA training by {vla}"
+    most_vlm, most_vla = _most(told["weights"], "rel_norm_a"), _most(told["weights"], "rel_norm_c")
+    text = f"From one base, VLM training moved the weights by {vlm} of their norm{most_vlm} and VLA training by {vla}"
+    text += most_vla
     if total["cosine"] is None:
         text += "; the angle between the two changes is undefined, since one of them is zero"
     else:
         null = 2 * total["null_sd"]
         place = "outside" if abs(total["cosine"]) > null else "within"
         text += f", in directions with cosine {signed(total['cosine'], 3)} ({place} the ±{null:.3f} of random changes)"
+        text += _by_group(told["weights"])
     if gradients is None:
         return f"{text}; gradients were not measured."
     return f"{text}; {_gradient_words(gradients.set_index('group').loc['all'])}."
+
+
+def _most(weights: list[dict[str, Any]], key: str) -> str:
+    """Which module group moved most: an average over all weights may come from one of them."""
+    known = [row for row in weights if row[key] is not None]
+    if len(known) < 2:
+        return ""
+    top = max(known, key=lambda row: row[key])
+    return f" (most in {top['group']}, {100 * top[key]:.1f} %)"
+
+
+def _by_group(weights: list[dict[str, Any]]) -> str:
+    """In how many module groups the directions are no chance: the cosine over all weights may hide it."""
+    known = [row for row in weights if row["cosine"] is not None]
+    beyond = [row for row in known if abs(row["cosine"]) > 3 * row["null_sd"]]
+    if len(known) < 2:
+        return ""
+    text = f", beyond 3 sd of random changes in {len(beyond)} of {len(known)} module groups"
+    if beyond:
+        top = max(beyond, key=lambda row: abs(row["cosine"]))
+        text += f" ({top['group']} {signed(top['cosine'])} most)"
+    return text
 
 
 def _gradient_words(row: pd.Series) -> str:
