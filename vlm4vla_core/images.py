@@ -49,7 +49,9 @@ def decode(data: bytes | memoryview) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(view)) as image:
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError:  # its own text names a buffer's address
+        raise ValueError(f"{len(view)} bytes of no known image format") from None
+    except (OSError, SyntaxError) as error:
         raise ValueError(str(error)) from None
 
 

@@ -72,7 +72,7 @@ def _show(path: Path, summary: Summary, most: int = 12) -> None:
         name = f"{dimension.name} [{dimension.unit}]" if dimension.unit else dimension.name
         numbers = (dimension.min, dimension.q01, dimension.mean, dimension.q99, dimension.max)
         print(f"  {name:<{width}} {' '.join(f'{n:10.4g}' for n in numbers)} {dimension.outside:10.1%}")
-    print()
+    print("outside: share of steps beyond q01…q99, which training clips\n")
     for warning in summary.warnings:
         print(f"warning: {warning}")
     if not summary.warnings:
