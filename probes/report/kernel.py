@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from probes.report import worker
 from probes.report.notebook import Notebook
 
 FOLDER_VARIABLE = "VLM4VLA_REPORT_FOLDER"  # tells `pages.finish` in the kernel where the run's folder is
@@ -35,7 +36,7 @@ def execute(notebook: Notebook, given: Mapping[str, Any], copy: Path) -> None:
     for cell in source.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    with tempfile.TemporaryDirectory(prefix="vlm4vla-kernel-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vlm4vla-kernel-") as scratch, worker.unfinished(Path(scratch)):
         try:
             papermill.execute_notebook(
                 source,
@@ -88,6 +89,16 @@ def _own_kernel(folder: Path, scratch: Path, beside: Path) -> type:
 
         def __init__(self, **settings: Any) -> None:
             super().__init__(connection_file=str(scratch / "kernel.json"), **transport, **settings)
+
+        async def _async_launch_kernel(self, kernel_cmd: list[str], **settings: Any) -> None:
+            with worker.LAUNCHING:
+                await super()._async_launch_kernel(kernel_cmd, **settings)
+                if process := getattr(self.provisioner, "pid", None):
+                    worker.KERNELS.add(process)
+
+        async def _async_cleanup_resources(self, restart: bool = False) -> None:
+            worker.KERNELS.discard(getattr(self.provisioner, "pid", None) or 0)  # it has ended; the id may be reused
+            await super()._async_cleanup_resources(restart)
 
         async def _async_interrupt_kernel(self) -> None:
             """Jupyter interrupts even an idle kernel before it asks it to end; the kernel then complains on stderr."""

@@ -19,6 +19,7 @@ from typing import Any
 from probes.report.kernel import NotebookFailed, execute
 from probes.report.notebook import Notebook, read_notebook
 from probes.report.params import check
+from probes.report.worker import unfinished
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError, nearest
 
@@ -80,7 +81,7 @@ def run_notebook(
     from probes.report.export import write_page
 
     began = time.perf_counter()
-    with folders.new_folder(final) as folder:
+    with folders.new_folder(final, "report") as folder, unfinished(folder):
         copy = folder / f"{notebook.name}.ipynb"
         try:
             execute(notebook, given, copy)

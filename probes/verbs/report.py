@@ -120,7 +120,7 @@ def _sections(given: dict[str, Any], names: list[str]) -> dict[str, dict[str, An
 
 
 def _run_all(jobs: dict[str, dict[str, Any]], out: Path, parallel: int) -> Iterator[Outcome]:
-    """Run what is not up to date, each notebook in a process of its own when there are several."""
+    """Run what is not up to date, in processes that a Ctrl-C ends at once, whatever a cell is doing."""
     from probes.report.notebook import read_notebook
     from probes.report.runner import up_to_date
 
@@ -136,22 +136,24 @@ def _run_all(jobs: dict[str, dict[str, Any]], out: Path, parallel: int) -> Itera
             yield Outcome(name, 2, f"{name}: {error}")
             continue
         missing[name] = parameters
-    if len(missing) == 1 or parallel == 1:
-        for name, parameters in missing.items():
-            yield _run_one(name, parameters, out)
-    elif missing:
-        from concurrent.futures import ProcessPoolExecutor, as_completed
-        from concurrent.futures.process import BrokenProcessPool
-        from multiprocessing import get_context
+    if not missing:
+        return
+    from concurrent.futures import as_completed
+    from concurrent.futures.process import BrokenProcessPool
 
-        # spawn: a forked child would inherit this process's sockets and threads, which Jupyter's client trips over
-        with ProcessPoolExecutor(min(parallel, len(missing)), mp_context=get_context("spawn")) as pool:
+    from probes.report.worker import unseen_interrupt, worker_pool
+
+    with worker_pool(min(parallel, len(missing))) as pool:
+        with unseen_interrupt():
             waiting = {pool.submit(_run_one, name, parameters, out): name for name, parameters in missing.items()}
-            for done in progress(as_completed(waiting), total=len(waiting), what="reports", unit="notebook"):
-                try:
-                    yield done.result()
-                except BrokenProcessPool:
-                    yield Outcome(waiting[done], 1, f"{waiting[done]}: its process was killed (out of memory?)")
+        ready = as_completed(waiting)
+        if len(waiting) > 1:
+            ready = progress(ready, total=len(waiting), what="reports", unit="notebook")
+        for done in ready:
+            try:
+                yield done.result()
+            except BrokenProcessPool:
+                yield Outcome(waiting[done], 1, f"{waiting[done]}: its process was killed (out of memory?)")
 
 
 def _run_one(name: str, parameters: dict[str, Any], out: Path) -> Outcome:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +107,7 @@ def test_all_runs_what_ships_and_tells_of_each_missing_input(here, capsys, monke
 
     root = project_root()
     monkeypatch.setattr(report, "_run_one", pretend)
+    monkeypatch.setattr("probes.report.worker.worker_pool", lambda workers: ThreadPoolExecutor(workers))
     monkeypatch.setattr("vlm4vla_core.folders.project_root", lambda: here)
     monkeypatch.setattr("vlm4vla_core.folders.shipped", lambda path: root / path)
     monkeypatch.setattr("probes.report.runner._code_fingerprint", lambda: "code")
@@ -114,3 +120,43 @@ def test_all_runs_what_ships_and_tells_of_each_missing_input(here, capsys, monke
     for name in set(notebook_names()) - set(ran):
         assert f"vlm4vla report: {name}: no such" in told.err or f"vlm4vla report: {name}: nothing matches" in told.err
         assert "make it with `vlm4vla " in told.err
+
+
+def _gone(process: int) -> bool:
+    try:  # a zombie that nobody has waited for is gone as well
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks processes up in /proc")
+@pytest.mark.parametrize(
+    ("how", "to"), [(signal.SIGINT, "group"), (signal.SIGINT, "parent"), (signal.SIGKILL, "parent")]
+)
+def test_an_interrupted_report_ends_at_once_and_leaves_nothing(here, how, to):
+    """In the middle of a cell: one line, exit 130, no kernel, worker or half-written folder left."""
+    write_small(
+        here,
+        last="import os, pathlib, time\n"
+        f"pathlib.Path({str(here / 'ids')!r}).write_text(f'{{os.getpid()}} {{os.getppid()}}\\n')\n"
+        "time.sleep(60)",
+    )
+    command = [sys.executable, "-m", "vlm4vla_core.cli", "report", "small.ipynb", "--out", "out"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ids, until = here / "ids", time.monotonic() + 60
+    while not (ids.is_file() and ids.read_text().endswith("\n")):
+        assert run.poll() is None and time.monotonic() < until, "the cell was never reached"
+        time.sleep(0.02)
+    kernel, worker = map(int, ids.read_text().split())
+    assert worker != run.pid and not _gone(kernel) and not _gone(worker)
+    began = time.monotonic()
+    (os.killpg if to == "group" else os.kill)(run.pid, how)
+    told = run.communicate(timeout=20)[1]
+    while not (_gone(kernel) and _gone(worker)):
+        assert time.monotonic() - began < 5
+        time.sleep(0.02)
+    assert time.monotonic() - began < 5
+    assert list(Path("out").iterdir()) == []
+    if how == signal.SIGINT:
+        assert run.returncode == 130
+        assert told == "vlm4vla report: interrupted; issue the same command again to go on\n"
