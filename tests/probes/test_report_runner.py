@@ -120,7 +120,7 @@ def test_bad_parameters_are_told_before_a_kernel_starts(small, no_kernel, parame
 
 
 def test_a_failing_cell_leaves_its_copy_and_the_older_report(small, tmp_path):
-    with folders.new_folder(Path("out/small")) as folder:  # an older report, of whatever
+    with folders.new_folder(Path("out/small"), "report") as folder:  # an older report, of whatever
         (folder / "small.html").write_text("old")
         before = folders.write_manifest(folder, "report", config={}, inputs={})["fingerprint"]
     broken = write_small(tmp_path, last="limit = len(frame)\nframe.loc[limit + 39]")
@@ -197,7 +197,7 @@ def test_paths_are_found_from_here_and_from_the_project_root(tmp_path, monkeypat
 
 
 def test_folder_inputs_are_read_through_their_manifest(tmp_path, monkeypatch):
-    with folders.new_folder(tmp_path / "rows") as folder:
+    with folders.new_folder(tmp_path / "rows", "rollouts") as folder:
         (folder / "rows.parquet").write_bytes(b"1234")
         manifest = folders.write_manifest(folder, "rollouts", config={}, inputs={})
     assert input_fingerprint(tmp_path / "rows") == manifest["fingerprint"]
@@ -206,7 +206,7 @@ def test_folder_inputs_are_read_through_their_manifest(tmp_path, monkeypatch):
     (tmp_path / "rows" / "rows.parquet").write_bytes(b"123")
     with pytest.raises(InputError, match="3 bytes, the manifest says 4"):
         BenchmarkResultsParams(rows=[str(tmp_path / "rows")], level=0.9)
-    with folders.new_folder(tmp_path / "store") as folder:
+    with folders.new_folder(tmp_path / "store", "features") as folder:
         folders.write_manifest(folder, "features", config={}, inputs={})
     with pytest.raises(InputError, match="expected a rollouts"):
         BenchmarkResultsParams(rows=[str(tmp_path / "store")], level=0.9)

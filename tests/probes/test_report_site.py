@@ -26,7 +26,7 @@ def site(tmp_path_factory):
     sys.modules.pop("small_params", None)
     out = root / "reports"
     run_notebook(write_small(root / "source"), {"table": str(root / "source" / "table.csv")}, out)
-    with folders.new_folder(out / "damaged") as folder:
+    with folders.new_folder(out / "damaged", "report") as folder:
         (folder / "results.json").write_text("{}")
         folders.write_manifest(folder, "report", config={}, inputs={})
     (out / "damaged" / "results.json").write_text("{")
