@@ -6,7 +6,7 @@ Silent mismatches (gripper sign, rotation layout, control rate) are the commones
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vlm4vla_core.errors import InputError
@@ -75,14 +75,4 @@ BRIDGE = ActionConvention(
     scaling="physical units per step",
 )
 
-TABLETOP = ActionConvention(
-    names=_POSE,
-    units=("m", "m", "m", "rad", "rad", "rad", "1"),
-    frame="table, x to the right, y away from the camera, z up",
-    rotation="euler_xyz",
-    relative=True,
-    gripper_open=1.0,
-    gripper_closed=0.0,
-    control_hz=5.0,
-    scaling="physical units per step",
-)
+TABLETOP = replace(BRIDGE, frame="table, x to the right, y away from the camera, z up")
