@@ -238,7 +238,9 @@ def _identify(policy: str | Path, data: Path | None) -> tuple[str, dict[str, str
 
 
 def _store_fingerprint(store: Path) -> str:
-    return str(folders.read_manifest(store, "episodes", name=folders.STORE_MANIFEST)["fingerprint"])
+    from vlm4vla_core.episodes.store import REMAKE
+
+    return str(folders.read_manifest(store, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)["fingerprint"])
 
 
 def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data: Path | None) -> Actor:

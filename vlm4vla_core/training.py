@@ -55,7 +55,8 @@ _PARTS = {
 
 def run_inputs(config: TrainConfig, data: Path) -> dict[str, str]:
     """Fingerprints of what a run is made from: its data and, where given, its backbone. Raises InputError."""
-    inputs = {"data": folders.read_manifest(data, "episodes", name=folders.STORE_MANIFEST)["fingerprint"]}
+    store = folders.read_manifest(data, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)
+    inputs = {"data": store["fingerprint"]}
     if config.backbone != "tiny":
         inputs["backbone"] = _backbone_fingerprint(config.backbone)
     return inputs

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["Episode", "EpisodeStore", "statistics", "write_store"]
-REMAKE = "make the store again with `vlm4vla convert` or `vlm4vla record`"
+REMAKE = "make the store with `vlm4vla convert` or `vlm4vla record`"
 
 
 def write_store(
