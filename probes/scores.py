@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.results import require_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,13 +126,7 @@ def gather(
 def _checked(frame: pd.DataFrame, required: tuple[str, ...], where: str) -> pd.DataFrame:
     import pandas as pd
 
-    missing = [column for column in required if column not in frame.columns]
-    if missing:
-        raise InputError(
-            f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}",
-            where=where,
-            fix=f"the table has: {', '.join(map(str, frame.columns))}",
-        )
+    require_columns(frame, required, where)
     frame = frame.copy()
     for column in ("model", "benchmark"):
         if column in frame:

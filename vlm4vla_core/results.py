@@ -76,16 +76,20 @@ def read_table(path: Path, *, required: tuple[str, ...] = ()) -> pd.DataFrame:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (ValueError, OSError, pd.errors.ParserError) as error:  # pyarrow's errors derive from these
         raise InputError(f"cannot be read as a table ({str(error).splitlines()[0]})", where=path) from None
-    missing = [column for column in required if column not in frame.columns]
-    if missing:
-        raise InputError(
-            f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}",
-            where=path,
-            fix=f"the table has: {', '.join(map(str, frame.columns))}",
-        )
+    require_columns(frame, required, path)
     if frame.empty:
         raise InputError("the table has no rows", where=path)
     return frame
+
+
+def require_columns(frame: pd.DataFrame, required: tuple[str, ...], where: object) -> None:
+    """Raise InputError naming the required columns that a table lacks, and those it has."""
+    if missing := [column for column in required if column not in frame.columns]:
+        raise InputError(
+            f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+            where=where,
+            fix=f"the table has: {', '.join(map(str, frame.columns))}",
+        )
 
 
 def success_table(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.DataFrame:

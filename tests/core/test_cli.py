@@ -76,3 +76,12 @@ def test_exported_names_are_no_modules_whatever_was_imported_before() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_impossible_outputs_are_refused_before_the_work(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["correlate", "--json", str(tmp_path)]) == 2
+    assert "--json names a folder" in capsys.readouterr().err
+    assert main(["record", "tabletop", "--episodes", "1", "--out", str(tmp_path / "file")]) == 2
+    assert "--out names a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

@@ -321,3 +321,17 @@ def test_unknown_presets_and_missing_files(tmp_path: Path):
         make_config("tyny")
     with pytest.raises(InputError, match="no such settings file"):
         make_config(str(tmp_path / "none.toml"))
+
+
+def test_nan_in_a_store_is_named_before_training(tmp_path: Path) -> None:
+    store = toy_store(tmp_path / "store")
+    shard = store.path / "steps-00000.arrow"
+    actions = np.array(store.action)
+    data = shard.read_bytes()
+    assert data.count(actions.tobytes()) == 1
+    broken = actions.copy()
+    broken[7] = np.nan  # edited in place: size and manifest stay as they were
+    shard.write_bytes(data.replace(actions.tobytes(), broken.tobytes()))
+    with pytest.raises(InputError, match="1 actions are NaN or infinite, the first in row 7"):
+        train(config(), tmp_path / "store", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
