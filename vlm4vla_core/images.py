@@ -1,7 +1,7 @@
 """Images as numpy arrays: decode, encode and the one way this project resizes.
 
 Trap: decoders and resizers differ by several grey levels between libraries, which is enough to move a policy.
-So every image that is trained on, probed or rolled out goes through these three functions and no others.
+So every image that is trained on, probed or rolled out goes through these functions and no others.
 JPEG through libjpeg-turbo's accurate integer transform (simplejpeg); resizing through Pillow's bicubic
 filter, which widens with the reduction (antialiasing) and works in 8 bits.
 """
@@ -32,6 +32,14 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     for index, image in enumerate(images):
         out[index] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
     return out
+
+
+def rotate_180(images: np.ndarray) -> np.ndarray:
+    """Images (..., H, W, C) turned by 180 degrees (upside down and left to right), as LIBERO's OpenGL renders need.
+
+    Returns a contiguous array of the same type.
+    """
+    return np.ascontiguousarray(images[..., ::-1, ::-1, :])
 
 
 def decode(data: bytes | memoryview) -> np.ndarray:

@@ -14,6 +14,9 @@ import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
 
+NO_MOTION = 1e-4  # LIBERO: norm of an action's six motion numbers below which it does nothing
+CALVIN_M, CALVIN_RAD = 0.02, 0.05  # CALVIN: what one unit of a relative action stands for
+
 Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -52,6 +55,35 @@ def settled_gripper(gripper: np.ndarray) -> np.ndarray:
             carry = np.float32(0)
         settled[step] = carry
     return settled
+
+
+def no_ops(action: np.ndarray) -> np.ndarray:
+    """Which steps of one LIBERO episode do nothing and are dropped: no motion, and the gripper as before.
+
+    action: (T, 7) with the gripper last. Returns (T,) bool: the norm of the first six is below 1e-4 and the gripper
+    equals that of the last step kept; before any step is kept, standing still suffices.
+    Source: openvla/openvla, experiments/robot/libero/regenerate_libero_dataset.py.
+    """
+    action = np.asarray(action)
+    still = np.linalg.norm(action[:, :6], axis=1) < NO_MOTION
+    same = np.ones(len(action), bool)
+    # Dropped steps have the gripper of the last kept one, so the step before stands for it.
+    same[1:] = action[1:, -1] == action[:-1, -1]
+    return still & (same | np.logical_and.accumulate(still))
+
+
+def calvin_relative(actions: np.ndarray, robot_obs: np.ndarray) -> np.ndarray:
+    """CALVIN's `rel_actions` from its absolute `actions` (T, 7) and `robot_obs` (T, 15), in float64.
+
+    Motion from the present to the target pose, in units of 0.02 m and 0.05 rad, clipped to [-1, 1]; Euler angles
+    differ by the shorter way round; the gripper (-1 closed, 1 open) stays. Returns (T, 7).
+    Source: mees/calvin_env (`to_relative_action`); reproduced on original frames.
+    """
+    actions, robot_obs = np.asarray(actions, np.float64), np.asarray(robot_obs, np.float64)
+    away = actions[:, :3] - robot_obs[:, :3]
+    turn = (actions[:, 3:6] - robot_obs[:, 3:6] + np.pi) % (2 * np.pi) - np.pi
+    motion = [np.clip(away, -CALVIN_M, CALVIN_M) / CALVIN_M, np.clip(turn, -CALVIN_RAD, CALVIN_RAD) / CALVIN_RAD]
+    return np.concatenate([*motion, actions[:, 6:]], axis=1)
 
 
 TRANSFORMS: dict[str, Transform] = {"none": none, "bridge_orig": bridge_orig}
