@@ -60,3 +60,38 @@ def detectable_rho(n: int, power: float = 0.8, alpha: float = 0.05) -> float:
     near = (norm.ppf(1 - alpha / 2) + norm.ppf(power)) / np.sqrt(n - 3)
     low, high = np.tanh(0.5 * near), np.tanh(near + 1.5 / np.sqrt(n - 3))
     return float(brentq(lambda rho: power_of_r(rho, n, alpha) - power, low, high, xtol=1e-6))
+
+
+# --- equivalence: showing that there is practically no correlation ------------------------------------------------
+
+
+def equivalence_power(n: int, margin: float = 0.3, alpha: float = 0.05) -> float:
+    """Probability that n models show |rho| < margin when rho is 0.
+
+    The test succeeds when the 1 - 2 alpha Fisher interval lies within +-margin (two one-sided tests, Schuirmann 1987);
+    r under rho = 0 has its exact distribution (t with n - 2 degrees of freedom). 0 below `equivalence_floor`.
+    """
+    from scipy.stats import norm, t
+
+    if n < 4:
+        return 0.0
+    room = np.arctanh(margin) - norm.ppf(1 - alpha) / np.sqrt(n - 3)
+    if room <= 0:
+        return 0.0
+    edge = np.tanh(room)
+    return float(1 - 2 * t.sf(edge * np.sqrt((n - 2) / (1 - edge**2)), n - 2))
+
+
+def equivalence_n(margin: float = 0.3, power: float = 0.8, alpha: float = 0.05) -> int:
+    """The smallest number of models with which an equivalence test against |rho| < margin has this power at rho = 0."""
+    n = equivalence_floor(margin, alpha)
+    while equivalence_power(n, margin, alpha) < power:
+        n += 1
+    return n
+
+
+def equivalence_floor(margin: float = 0.3, alpha: float = 0.05) -> int:
+    """The smallest number of models with which that test can succeed at all, namely at r = 0 exactly."""
+    from scipy.stats import norm
+
+    return int(np.floor(3 + (norm.ppf(1 - alpha) / np.arctanh(margin)) ** 2)) + 1
