@@ -9,28 +9,40 @@ and an upper reference, not a baseline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.tasks import MOVE_ACROSS, TASKS, Goal, target_position
+from vlm4vla_core.sims.tabletop.tasks import MOVE_ACROSS, TASKS, Goal, plate_position, success, target_position
 from vlm4vla_core.sims.tabletop.world import CONTACT, SLOTS, State, length
 
-LOW = 0.04  # height of the gripper's point when it grasps or pushes
+LOW = 0.04  # height of the gripper's point when it grasps or pushes something on the table
 HOVER = 0.10  # how much higher it travels
+CLEAR = 0.03  # room under what is carried over other objects
 BEHIND = CONTACT + 0.025  # distance from the object's centre at which a push starts
+KNOB_BEHIND = world.FINGER + world.KNOB_RADIUS + 0.025
 MOVE_SPEED = 0.035  # m per step in "move": unhurried, so that its demonstrations have four steps, not two
 PUSH_GOAL = 0.14  # how far the expert means to push, a little more than success asks for
+_UP = np.array([0.0, 0.0, world.MAX_STEP])
 _ANGLES = np.arange(16) * (np.pi / 8)
 _CANDIDATES = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)  # (16, 2) ways to push, tried by alignment
 
 
-def expert(state: State, goal: Goal) -> np.ndarray:
-    """Clean actions (n, 7) float64 in the `TABLETOP` convention, within the world's step limits."""
-    actions = np.zeros((len(state), 7))
-    for index, task in enumerate(TASKS):
-        rows = np.flatnonzero(goal.family == index)
-        if len(rows):
-            actions[rows] = _EXPERTS[task](state[rows], goal[rows])
+def expert(state: State, goals: Goal | Sequence[Goal]) -> np.ndarray:
+    """Clean actions (n, 7) float64 in the `TABLETOP` convention, within the world's step limits.
+
+    goals: one, or several in order; each world then works on its first that does not hold.
+    """
+    parts = [goals] if isinstance(goals, Goal) else list(goals)
+    actions, waiting = np.zeros((len(state), 7)), np.ones(len(state), bool)
+    for number, goal in enumerate(parts):
+        mine = waiting if number == len(parts) - 1 else waiting & ~success(state, goal)
+        for index, task in enumerate(TASKS):
+            rows = np.flatnonzero(mine & (goal.family == index))
+            if len(rows):
+                actions[rows] = _EXPERTS[task](state[rows], goal[rows])
+        waiting = waiting & ~mine
     actions[:, 5] = np.clip(-state.yaw, -world.MAX_TURN, world.MAX_TURN)
     return actions
 
@@ -43,11 +55,11 @@ def _towards(delta: np.ndarray, is_open: np.ndarray) -> np.ndarray:
     return actions
 
 
-def _funnel(gripper: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """Motion (n, 3) to the points `above` (n, 3): high while far away, down when nearly over the point."""
+def _funnel(gripper: np.ndarray, above: np.ndarray, hover: np.ndarray | float = HOVER) -> np.ndarray:
+    """Motion (n, 3) to the points `above` (n, 3): `hover` higher while far away, down when nearly over the point."""
     delta = above - gripper
     far = length(delta[:, :2])
-    delta[:, 2] += np.clip(1.5 * (far - 0.02), 0.0, HOVER)
+    delta[:, 2] += np.clip(15.0 * (far - 0.02), 0.0, 1.0) * hover
     # Rise before travelling, or low fingers would shove things aside on the way.
     hurry = np.clip(1.0 - np.maximum(delta[:, 2] - 0.02, 0.0) / 0.05, 0.0, 1.0)
     delta[:, :2] *= hurry[:, None]
@@ -70,51 +82,82 @@ def _touch(state: State, goal: Goal) -> np.ndarray:
 
 def _grasp(state: State, target: np.ndarray) -> np.ndarray:
     """Actions (n, 7) that go to the objects at `target` (n, 3) with open fingers and close them there."""
-    above = np.concatenate([target[:, :2], np.full((len(state), 1), LOW)], 1)
+    above = np.concatenate([target[:, :2], np.maximum(target[:, 2:] - 0.004, LOW)], 1)
     delta = above - state.gripper
     near = (length(delta[:, :2]) < 0.03) & (np.abs(delta[:, 2]) < 0.03)
     # A closed hand, empty or with the wrong object, opens first; the fingers close only around the target.
     return _towards(_funnel(state.gripper, above), ~(near & state.open))
 
 
-def _lift(state: State, goal: Goal) -> np.ndarray:
-    up = np.broadcast_to([0.0, 0.0, world.MAX_STEP], (len(state), 3))
-    raise_it, get_it = _towards(up, np.zeros(len(state), bool)), _grasp(state, target_position(state.objects, goal))
+def _pick(state: State, goal: Goal) -> np.ndarray:
+    raise_it = _towards(np.broadcast_to(_UP, (len(state), 3)), np.zeros(len(state), bool))
+    get_it = _grasp(state, target_position(state.objects, goal))
     return np.where((state.held == goal.slot)[:, None], raise_it, get_it)
 
 
+def _carry(state: State, goal: Goal, place: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Grasp the target, bring it over the points `place` (n, 2), lower its underside to `height` (n,), let go."""
+    target, rows = target_position(state.objects, goal), np.arange(len(state))
+    slot = np.maximum(goal.slot, 0)
+    hang = state.gripper[:, 2] - target[:, 2] + world.rest_height(state.kind[rows, slot])  # hand above the underside
+    others = (state.kind >= 0) & (np.arange(SLOTS) != goal.slot[:, None])
+    tops = np.where(others, state.objects[..., 2] + world.rest_height(state.kind), world.KNOB_HEIGHT).max(1)
+    goes = np.concatenate([place, (height + hang)[:, None]], 1)
+    delta = _funnel(state.gripper, goes, np.maximum(tops + CLEAR - height, 0.02))
+    there = (length(goes[:, :2] - state.gripper[:, :2]) < 0.02) & (np.abs(goes[:, 2] - state.gripper[:, 2]) < 0.02)
+    return np.where((state.held == goal.slot)[:, None], _towards(delta, there), _grasp(state, target))
+
+
+def _put(state: State, goal: Goal) -> np.ndarray:
+    return _carry(state, goal, plate_position(state, goal), np.full(len(state), 0.004))
+
+
+def _stack(state: State, goal: Goal) -> np.ndarray:
+    rows, base = np.arange(len(state)), np.maximum(goal.other, 0)
+    under = state.objects[rows, base]
+    top = under[:, 2] + world.rest_height(state.kind[rows, base])
+    return _carry(state, goal, under[:, :2], top + 0.006)
+
+
+def _shove(state: State, target: np.ndarray, way: np.ndarray, behind: float) -> tuple[np.ndarray, np.ndarray]:
+    """Motion (n, 3) that pushes what lies at `target` (n, 2) along the unit vectors `way` (n, 2), and whether the hand
+    should be open (n,): closing around an object would grasp it, so the hand rises clear of all of them first."""
+    hand = state.gripper
+    contact = behind - 0.025
+    left = np.stack([-way[:, 1], way[:, 0]], 1)
+    offset = hand[:, :2] - target
+    along, across = (offset * way).sum(1), (offset * left).sum(1)
+    low_enough = hand[:, 2] < LOW + 0.03
+    lined_up = (along < -(contact - 0.015)) & (along > -(behind + 0.05)) & (np.abs(across) < 0.025)
+    pushing = lined_up & low_enough & ~state.open
+    level = np.full((len(state), 1), LOW)
+    shove = np.concatenate([way * world.MAX_STEP - left * across[:, None], level - hand[:, 2:]], 1)
+    go = np.concatenate([target - way * behind, level], 1)
+    delta = np.where(pushing[:, None], shove, _funnel(hand, go))
+    apart = length(state.objects[..., :2] - hand[:, None, :2])
+    reach = state.objects[..., 2] + 0.08  # an object is in the way of closing while the hand is not above it
+    crowded = ((apart < 0.06) & (state.kind >= 0) & (hand[:, 2:] < reach)).any(1) & state.open
+    delta = np.where((crowded & (np.abs(along + behind) > 0.03))[:, None], _UP, delta)
+    return delta, (state.held >= 0) | crowded
+
+
 def _push(state: State, goal: Goal) -> np.ndarray:
-    n = len(state)
-    hand, target = state.gripper, target_position(state.objects, goal)
+    target = target_position(state.objects, goal)
     started = target_position(goal.objects_start, goal)
     missing = (started + PUSH_GOAL * goal.direction - target)[:, :2]
     way, direct = _push_way(state, goal, target[:, :2], missing)  # (n, 2) unit, (n,) bool
-    left = np.stack([-way[:, 1], way[:, 0]], 1)
-    offset = hand[:, :2] - target[:, :2]
-    along, across = (offset * way).sum(1), (offset * left).sum(1)
+    actions = _towards(*_shove(state, target[:, :2], way, BEHIND))
 
-    low_enough = hand[:, 2] < LOW + 0.03
-    lined_up = (along < -(CONTACT - 0.015)) & (along > -(BEHIND + 0.05)) & (np.abs(across) < 0.025)
-    pushing = lined_up & low_enough & ~state.open
-    shove = way * world.MAX_STEP - left * across[:, None]
-    level = np.full((n, 1), LOW)
-    go = np.concatenate([target[:, :2] - way * BEHIND, level], 1)
-    delta = np.where(pushing[:, None], np.concatenate([shove, level - hand[:, 2:]], 1), _funnel(hand, go))
-
-    # Closing around an object would grasp it: rise clear of all of them first, and let go of what is held.
-    apart = length(state.objects[..., :2] - hand[:, None, :2])
-    crowded = ((apart < 0.06) & (state.kind >= 0)).any(1) & (hand[:, 2] < 0.12) & state.open
-    rise = np.array([0.0, 0.0, world.MAX_STEP])
-    delta = np.where((crowded & (np.abs(along + BEHIND) > 0.03))[:, None], rise, delta)
-    actions = _towards(delta, (state.held >= 0) | crowded)
-
-    # An object at the rail, which no push can bring back, is carried to where it started.
-    edge = (np.abs(target[:, :2]) > world.WORKSPACE_HIGH[:2] + 0.5 * world.RAIL).any(1)
+    # An object at the rail, which no push can bring back, is carried to where it started; and so is one that has
+    # come to stand on another.
+    n, rows = len(state), np.arange(len(state))
+    edge = (np.abs(target[:, :2]) > world.WORKSPACE_HIGH[:2] + 0.5 * world.RAIL).any(1) & ~direct
+    edge |= state.on[rows, np.maximum(goal.slot, 0)] >= 0
     holding = state.held == goal.slot
-    fetch, carry = edge & ~direct & ~holding, holding & (length((target - started)[:, :2]) > 0.03)
-    home = np.concatenate([started[:, :2], level], 1)
-    actions = np.where(fetch[:, None], _grasp(state, target), actions)
-    return np.where(carry[:, None], _towards(_funnel(hand, home), np.zeros(n, bool)), actions)
+    carry = holding & (length((target - started)[:, :2]) > 0.03)
+    home = np.concatenate([started[:, :2], np.full((n, 1), LOW)], 1)
+    actions = np.where((edge & ~holding)[:, None], _grasp(state, target), actions)
+    return np.where(carry[:, None], _towards(_funnel(state.gripper, home), np.zeros(n, bool)), actions)
 
 
 def _push_way(state: State, goal: Goal, target: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,4 +177,11 @@ def _push_way(state: State, goal: Goal, target: np.ndarray, missing: np.ndarray)
     return options[np.arange(len(target)), best], best == 0
 
 
-_EXPERTS = {"move": _move, "touch": _touch, "push": _push, "lift": _lift}
+def _switch(state: State, goal: Goal) -> np.ndarray:
+    spot = np.stack([state.knob, np.full(len(state), world.SWITCH_Y)], 1)
+    return _towards(*_shove(state, spot, goal.direction[:, :2], KNOB_BEHIND))
+
+
+_EXPERTS = {
+    "move": _move, "touch": _touch, "push": _push, "pick": _pick, "put": _put, "stack": _stack, "switch": _switch,
+}  # fmt: skip

@@ -14,6 +14,16 @@ import numpy as np
 
 TABLE = np.array([0.38, 0.37])  # half extents of the table top, which lies at z = 0
 TABLE_THICKNESS, FLOOR = 0.04, -0.45  # m
+Colours = tuple[tuple[float, float, float], ...]
+PALETTE: Colours = (
+    (0.86, 0.13, 0.12), (0.13, 0.66, 0.22), (0.14, 0.30, 0.90), (0.96, 0.83, 0.12), (0.60, 0.20, 0.76), (0.12, 0.80, 0.85),
+)  # as world.COLOURS
+PASTEL: Colours = (
+    (0.93, 0.45, 0.42), (0.55, 0.80, 0.50), (0.45, 0.58, 0.95), (0.98, 0.92, 0.55), (0.76, 0.55, 0.88), (0.60, 0.92, 0.92),
+)
+DEEP: Colours = (
+    (0.60, 0.05, 0.10), (0.05, 0.42, 0.18), (0.06, 0.14, 0.58), (0.80, 0.62, 0.05), (0.38, 0.08, 0.50), (0.02, 0.52, 0.58),
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,15 @@ class Camera:
 
 @dataclass(frozen=True)
 class Look:
-    """Appearance of one domain: camera, table pattern with its two colours, floor colour, direction to the light."""
+    """Appearance of one domain: camera, table pattern with its two colours, floor colour, direction to the light, and
+    what red, green… look like."""
 
     camera: Camera
     pattern: str
     table: tuple[tuple[float, float, float], tuple[float, float, float]]
     floor: tuple[float, float, float]
     light: tuple[float, float, float]
+    palette: Colours = PALETTE
 
     def towards_light(self) -> np.ndarray:
         """(3,) unit vector."""

@@ -1,8 +1,9 @@
 """Ray caster of the tabletop world: RGB, metric depth and segmentation of many worlds at once, on the CPU.
 
-Table and floor are seen by a fixed camera per look, so they are traced once (float64) and kept; every frame then only
-adds what moves: plate and blob shadows on the table, and balls, boxes and cylinders with a depth buffer, each traced
-only inside the window of pixels that its bounding box projects to.
+The front camera of a look is fixed, so table and floor are traced once (float64) and kept; the wrist camera moves with
+the hand, so they are traced for every frame. Each frame then adds what moves: plates and blob shadows on the table, and
+balls, boxes and cylinders with a depth buffer, each traced only inside the window of pixels that its bounding box
+projects to.
 
 Trap: a pixel's value must not depend on the batch. Hence elementwise arithmetic only (no matrix products, no
 transcendental functions) on whatever pixels happen to be grouped together.
@@ -13,34 +14,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.sims.tabletop.looks import FLOOR, LOOKS, TABLE, TABLE_THICKNESS, pattern
-from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, SLOTS, State
+from vlm4vla_core.sims.tabletop import world
+from vlm4vla_core.sims.tabletop.looks import FLOOR, LOOKS, TABLE, TABLE_THICKNESS, Camera, Look, pattern
+from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, PLATES, SLOTS, State
 
 if TYPE_CHECKING:
     import torch
 
     Axes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-BACKGROUND, TABLETOP, PLATE, GRIPPER, OBJECTS = 0, 1, 2, 3, 4  # segmentation; slot k is OBJECTS + k
-PALETTE = np.array(
-    [
-        [0.86, 0.13, 0.12],
-        [0.13, 0.66, 0.22],
-        [0.14, 0.30, 0.90],
-        [0.96, 0.83, 0.12],
-        [0.60, 0.20, 0.76],
-        [0.12, 0.80, 0.85],
-    ]
-)  # as world.COLOURS
+CAMERAS = ("front", "wrist")
+# Segmentation labels; plate k is PLATE_0 + k, slot k is OBJECTS + k.
+BACKGROUND, TABLETOP, GRIPPER, SWITCH, LAMP, PLATE_0 = 0, 1, 2, 3, 4, 5
+OBJECTS = PLATE_0 + PLATES
 _PLATE_RIM = 0.82  # fraction of the plate's radius where its darker rim begins
 _AMBIENT, _DIFFUSE = 0.56, 0.50
-_CHUNK = 16  # frames traced together: small enough for the processor's cache
+_RAYS = 1 << 18  # traced together: small enough for the cache, large enough to amortise the calls
 _FINGER, _PALM, _WRIST = (0.96, 0.50, 0.10), (0.15, 0.15, 0.17), (0.88, 0.89, 0.93)
+_RAIL, _KNOB, _LAMP_OFF, _LAMP_ON = (0.30, 0.30, 0.33), (0.93, 0.93, 0.95), (0.36, 0.34, 0.30), (1.0, 0.93, 0.55)
+_LAMP_Y, _LAMP_RADIUS = 0.33, 0.035
+_GLOW = 1.75  # the lit lamp's own light, as a factor on its paint: bright from every side, and still yellow
+# The wrist camera, in the hand's frame (x sideways, y ahead), m; it looks past the finger tips.
+_WRIST_AT, _WRIST_TO, _WRIST_FOCAL = np.array([0.0, -0.095, 0.068]), np.array([0.0, 0.03, -0.03]), 0.55
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,29 @@ class Picture:
     segmentation: np.ndarray | None = None
 
 
-def render(state: State, domains: Sequence[str], size: int, *, samples: int = 2, geometry: bool = False) -> Picture:
-    """Pictures of n worlds by the fixed camera of each world's domain.
+def render(
+    state: State,
+    domains: Sequence[str],
+    size: int,
+    *,
+    camera: str = "front",
+    samples: int = 1,
+    geometry: bool = False,
+    hand: bool = True,
+) -> Picture:
+    """Pictures of n worlds by one camera of each world's domain.
 
-    samples: rays per pixel along each side, averaged. geometry: also depth and segmentation (one ray through the
-    pixel centre). Raises InputError on an unknown domain.
+    camera: "front" (fixed, one per domain) or "wrist". samples: rays per pixel along each side, averaged. geometry: also
+    depth and segmentation (one ray through the pixel centre). hand: draw the gripper and its shadow.
+    Raises InputError on an unknown domain or camera.
     """
     import torch
 
     for name in domains:
         if name not in LOOKS:
             raise InputError(f"the tabletop world has no domain '{name}'", fix=nearest(name, LOOKS))
+    if camera not in CAMERAS:
+        raise InputError(f"the tabletop world has no camera '{camera}'", fix=nearest(camera, CAMERAS))
     rgb = np.empty((len(state), size, size, 3), np.uint8)
     depth = np.empty((len(state), size, size), np.float32) if geometry else None
     segmentation = np.empty((len(state), size, size), np.uint8) if geometry else None
@@ -73,42 +85,84 @@ def render(state: State, domains: Sequence[str], size: int, *, samples: int = 2,
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for start in range(0, len(state), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            colour, _, _ = trace(state[part], domains[part], size * samples)
+        chunk = max(1, _RAYS // (size * samples) ** 2)
+        for start in range(0, len(state), chunk):
+            part = slice(start, start + chunk)
+            colour, _, _ = trace(state[part], domains[part], size * samples, camera=camera, hand=hand)
             fine = colour.view(-1, size, samples, size, samples, 3)
             mean = fine[:, :, 0, :, 0]
             for i, j in [(i, j) for i in range(samples) for j in range(samples)][1:]:
                 mean = mean + fine[:, :, i, :, j]
             rgb[part] = (mean * (255 / samples**2) + 0.5).clamp(0, 255).to(torch.uint8).numpy()
             if depth is not None and segmentation is not None:
-                _, far, label = trace(state[part], domains[part], size)
+                _, far, label = trace(state[part], domains[part], size, camera=camera, hand=hand)
                 depth[part], segmentation[part] = far.numpy(), label.numpy()
     finally:
         torch.set_num_threads(threads)
     return Picture(rgb, depth, segmentation)
 
 
-def trace(state: State, domains: Sequence[str], size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def trace(
+    state: State, domains: Sequence[str], size: int, *, camera: str = "front", hand: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One ray per pixel: colour (n, S, S, 3) float32 in [0, 1], depth (n, S, S) float32, label (n, S, S) uint8."""
     import torch
 
-    names = sorted(set(domains))
-    backdrops = [_backdrop(name, size) for name in names]
-    which = torch.tensor([names.index(name) for name in domains])  # (n,)
-    rays = torch.cat([item.rays for item in backdrops])  # (looks * P, 3)
-    colour = torch.stack([item.colour for item in backdrops])[which].reshape(-1, 3)  # (n * P, 3)
-    depth = torch.stack([item.depth for item in backdrops])[which].reshape(-1)
-    label = torch.stack([item.label for item in backdrops])[which].reshape(-1)
-    light = torch.tensor(np.stack([LOOKS[name].towards_light() for name in domains]), dtype=torch.float32)
-    ground = torch.cat([item.ground for item in backdrops])  # (looks * P, 2)
-
-    for decal in _decals(state, domains):
-        _paint(decal, domains, size, which, ground, colour, label)
-    for solid in _solids(state):
-        _cast(solid, domains, size, which, rays, light, colour, depth, label)
+    views = cameras(state, domains, camera)
+    if camera == "front":
+        names = sorted(set(domains))
+        backdrops = [_backdrop(name, size) for name in names]
+        which = [names.index(name) for name in domains]
+    else:
+        backdrops = [_traced(view, LOOKS[name], size) for view, name in zip(views, domains, strict=True)]
+        which = list(range(len(views)))
+    picked = torch.tensor(which)  # (n,)
+    scene = _Scene(
+        size=size,
+        views=views,
+        looks=[LOOKS[name] for name in domains],
+        which=picked,
+        rays=torch.cat([item.rays for item in backdrops]),
+        ground=torch.cat([item.ground for item in backdrops]),
+        light=torch.tensor(np.stack([LOOKS[name].towards_light() for name in domains]), dtype=torch.float32),
+        colour=torch.stack([item.colour for item in backdrops])[picked].reshape(-1, 3),
+        depth=torch.stack([item.depth for item in backdrops])[picked].reshape(-1),
+        label=torch.stack([item.label for item in backdrops])[picked].reshape(-1),
+    )
+    for decal in _decals(state, scene.looks, hand):
+        _paint(decal, scene)
+    for solid in _solids(state, scene.looks, hand):
+        _cast(solid, scene)
     shape = (len(state), size, size)
-    return colour.view(*shape, 3), depth.view(shape), label.view(shape)
+    return scene.colour.view(*shape, 3), scene.depth.view(shape), scene.label.view(shape)
+
+
+def cameras(state: State, domains: Sequence[str], camera: str) -> list[Camera]:
+    """The camera of each of n worlds: the look's own, or the one at the wrist."""
+    if camera == "front":
+        return [LOOKS[name].camera for name in domains]
+    views = []
+    for place, yaw in zip(state.gripper, state.yaw, strict=True):
+        turn = np.array([[np.cos(yaw), -np.sin(yaw), 0.0], [np.sin(yaw), np.cos(yaw), 0.0], [0.0, 0.0, 1.0]])
+        at, to = (tuple((place + (turn * local).sum(1)).tolist()) for local in (_WRIST_AT, _WRIST_TO))
+        views.append(Camera(at, to, _WRIST_FOCAL))
+    return views
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What is being drawn: n worlds, P pixels each. rays and ground are shared by worlds of one camera (`which`)."""
+
+    size: int
+    views: list[Camera]
+    looks: list[Look]
+    which: torch.Tensor  # (n,)
+    rays: torch.Tensor  # (cameras * P, 3)
+    ground: torch.Tensor  # (cameras * P, 2)
+    light: torch.Tensor  # (n, 3)
+    colour: torch.Tensor  # (n * P, 3), painted over
+    depth: torch.Tensor  # (n * P,)
+    label: torch.Tensor  # (n * P,) uint8
 
 
 # --- what is always there -----------------------------------------------------------------------------------
@@ -125,11 +179,14 @@ class _Backdrop:
 
 @lru_cache(maxsize=64)
 def _backdrop(name: str, size: int) -> _Backdrop:
-    """Table and floor of one look, traced in float64."""
+    return _traced(LOOKS[name].camera, LOOKS[name], size)
+
+
+def _traced(camera: Camera, look: Look, size: int) -> _Backdrop:
+    """Table and floor of one look as a camera sees them, traced in float64."""
     import torch
 
-    look = LOOKS[name]
-    origin, rays, light = np.array(look.camera.position), look.camera.rays(size), look.towards_light()
+    origin, rays, light = np.array(camera.position), camera.rays(size), look.towards_light()
     middle = np.array([0.0, 0.0, -TABLE_THICKNESS / 2])
     half = np.array([*TABLE, TABLE_THICKNESS / 2])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -162,50 +219,44 @@ def _backdrop(name: str, size: int) -> _Backdrop:
 
 @dataclass(frozen=True)
 class _Decal:
-    """One disc on the table per row: a plate (colour) or a soft shadow (colour None)."""
+    """Discs on the table: plates (colour, label) or soft shadows (strength). A world may have several."""
 
     rows: np.ndarray  # (r,) worlds
     centre: np.ndarray  # (r, 2)
     radius: np.ndarray  # (r,)
     colour: np.ndarray | None = None  # (r, 3)
     strength: np.ndarray | None = None  # (r,) darkness of a shadow's core
+    label: np.ndarray | None = None  # (r,)
 
 
-def _decals(state: State, domains: Sequence[str]) -> Iterator[_Decal]:
-    rows = np.flatnonzero(state.plate_colour >= 0)
-    if len(rows):
-        colour = PALETTE[state.plate_colour[rows]]
-        yield _Decal(rows, state.plate[rows], np.full(len(rows), PLATE_RADIUS), colour=colour)
-    light = np.stack([LOOKS[name].towards_light() for name in domains])
+def _decals(state: State, looks: Sequence[Look], hand: bool) -> Iterator[_Decal]:
+    palette = np.array([look.palette for look in looks])  # (n, colours, 3)
+    rows, plate = np.nonzero(state.plate_colour >= 0)  # plates never overlap
+    colour = palette[rows, state.plate_colour[rows, plate]]
+    yield _Decal(rows, state.plate[rows, plate], np.full(len(rows), PLATE_RADIUS), colour=colour, label=PLATE_0 + plate)
+    light = np.stack([look.towards_light() for look in looks])
     slope = -light[:, :2] / light[:, 2:]  # shadows move by this per metre of height
-    everyone = np.arange(len(state))
-    casters = [(everyone, state.gripper + np.array([0.0, 0.0, 0.05]), 0.065)]
-    for slot in range(SLOTS):
-        rows = np.flatnonzero(state.kind[:, slot] >= 0)
-        casters.append((rows, state.objects[rows, slot], 0.060))
-    for rows, point, radius in casters:
-        if len(rows):
-            height = point[:, 2]
-            centre = point[:, :2] + slope[rows] * height[:, None]
-            yield _Decal(rows, centre, radius * (1 + 0.5 * height), strength=0.55 / (1 + 2.0 * height))
+    rows, slot = np.nonzero(state.kind >= 0)
+    point, radius = state.objects[rows, slot], np.full(len(rows), 0.060)
+    if hand:
+        rows = np.concatenate([rows, np.arange(len(state))])
+        point = np.concatenate([point, state.gripper + np.array([0.0, 0.0, 0.05])])
+        radius = np.concatenate([radius, np.full(len(state), 0.065)])
+    height = point[:, 2]
+    centre = point[:, :2] + slope[rows] * height[:, None]
+    yield _Decal(rows, centre, radius * (1 + 0.5 * height), strength=0.55 / (1 + 2.0 * height))
 
 
-def _paint(
-    decal: _Decal,
-    domains: Sequence[str],
-    size: int,
-    which: torch.Tensor,
-    ground: torch.Tensor,
-    colour: torch.Tensor,
-    label: torch.Tensor,
-) -> None:
+def _paint(decal: _Decal, scene: _Scene) -> None:
     import torch
+
+    size, colour = scene.size, scene.colour
 
     half = np.stack([decal.radius, decal.radius, np.zeros(len(decal.rows))], 1)
     corners = np.concatenate([decal.centre, np.zeros((len(decal.rows), 1))], 1)[:, None] + _CORNERS * half[:, None]
-    item, pixel = _windows(corners, decal.rows, domains, size)  # (r, w), (r, w)
+    item, pixel = _windows(corners, decal.rows, scene)  # (r, w), (r, w)
     rows = torch.from_numpy(decal.rows)[:, None]
-    x, y = ground[which[rows] * size**2 + pixel].unbind(-1)
+    x, y = scene.ground[scene.which[rows] * size**2 + pixel].unbind(-1)
     middle = torch.tensor(decal.centre, dtype=torch.float32)
     radius = torch.tensor(decal.radius, dtype=torch.float32)[:, None]
     dx, dy = x - middle[:, :1], y - middle[:, 1:]
@@ -215,10 +266,13 @@ def _paint(
     if decal.colour is not None:
         rim = torch.where(inside[hit] < 1 - _PLATE_RIM**2, 0.68, 0.95)
         colour[where] = torch.tensor(decal.colour, dtype=torch.float32)[item[hit]] * rim[:, None]
-        label[where] = PLATE
+        scene.label[where] = torch.tensor(decal.label, dtype=torch.uint8)[item[hit]]
     else:
         strength = torch.tensor(decal.strength, dtype=torch.float32)[item[hit]]
-        colour[where] *= (1.0 - strength * (1.7 * inside[hit]).clamp(max=1.0))[:, None]
+        shade = 1.0 - strength * (1.7 * inside[hit]).clamp(max=1.0)
+        # Shadows that overlap darken each other, in the order of the slots.
+        light = torch.ones(len(colour)).scatter_reduce_(0, where, shade, "prod")
+        colour *= light[:, None]
 
 
 # --- solids -----------------------------------------------------------------------------------------------------
@@ -228,7 +282,7 @@ _CORNERS = np.array([[i, j, k] for i in (-1.0, 1.0) for j in (-1.0, 1.0) for k i
 
 @dataclass(frozen=True)
 class _Solids:
-    """Solids of one kind, at most one per world, so that no two of them write the same pixel."""
+    """Solids of one kind and of similar size; a world may have several."""
 
     kind: int  # index into world.KINDS
     rows: np.ndarray  # (r,) worlds
@@ -236,48 +290,63 @@ class _Solids:
     half: np.ndarray  # (r, 3)
     yaw: np.ndarray  # (r,)
     colour: np.ndarray  # (r, 3)
-    label: int
+    label: np.ndarray  # (r,)
 
 
-def _solids(state: State) -> Iterator[_Solids]:
-    """Everything that moves: objects, then fingers, palm and wrist."""
-    for slot in range(SLOTS):
-        for kind in range(len(HALF_EXTENTS)):
-            rows = np.flatnonzero(state.kind[:, slot] == kind)
-            if len(rows):
-                half = np.broadcast_to(HALF_EXTENTS[kind], (len(rows), 3))
-                colour = PALETTE[state.colour[rows, slot]]
-                yaw = state.object_yaw[rows, slot]
-                yield _Solids(kind, rows, state.objects[rows, slot], half, yaw, colour, OBJECTS + slot)
-    rows = np.arange(len(state))
-    sideways = np.stack([np.cos(state.yaw), np.sin(state.yaw), np.zeros(len(rows))], 1)
+def _join(kind: int, parts: Sequence[_Solids]) -> _Solids:
+    names = ("rows", "centre", "half", "yaw", "colour", "label")
+    return _Solids(kind, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _solids(state: State, looks: Sequence[Look], hand: bool) -> Iterator[_Solids]:
+    """Everything that stands or moves: objects with switch and lamp, then fingers, palm and wrist."""
+    n, palette = len(state), np.array([look.palette for look in looks])  # (looks, colours, 3)
+    rows = np.arange(n)
+
+    def each(kind: int, centre: np.ndarray, half: Any, yaw: np.ndarray, paint: Any, label: int) -> _Solids:
+        shape = (n, 3)
+        filled = np.broadcast_to(half, shape), yaw, np.broadcast_to(paint, shape), np.full(n, label)
+        return _Solids(kind, rows, centre, *filled)
+
+    def at(x: np.ndarray, y: float, z: float) -> np.ndarray:
+        return np.stack([x, np.full(n, y), np.full(n, z)], 1)
+
+    still, half_knob = np.zeros(n), world.KNOB_HEIGHT / 2
+    lit = np.where(world.switched_on(state)[:, None], np.array(_LAMP_ON) * _GLOW, _LAMP_OFF)
+    knob = (0.8 * world.KNOB_RADIUS, 0.8 * world.KNOB_RADIUS, half_knob)
+    fixture = {
+        1: each(1, at(state.rail, _LAMP_Y, _LAMP_RADIUS), _LAMP_RADIUS, still, lit, LAMP),
+        2: each(2, at(state.knob, world.SWITCH_Y, half_knob), knob, still, _KNOB, SWITCH),
+    }
+    for kind, extent in enumerate(HALF_EXTENTS):
+        mine, slot = np.nonzero(state.kind == kind)
+        half = np.broadcast_to(extent, (len(mine), 3))
+        colour, yaw = palette[mine, state.colour[mine, slot]], state.object_yaw[mine, slot]
+        found = _Solids(kind, mine, state.objects[mine, slot], half, yaw, colour, OBJECTS + slot)
+        if kind in fixture:
+            found = _join(kind, [found, fixture[kind]])
+        if len(found.rows):
+            yield found
+    reach = world.KNOB_TRAVEL + world.KNOB_RADIUS
+    yield each(0, at(state.rail, world.SWITCH_Y, 0.006), (reach, 0.012, 0.006), still, _RAIL, SWITCH)
+    if not hand:
+        return
+    sideways = np.stack([np.cos(state.yaw), np.sin(state.yaw), np.zeros(n)], 1)
     spread = np.where(state.open, 0.066, np.where(state.held >= 0, 0.053, 0.010))[:, None]
-    up = np.array([0.0, 0.0, 1.0])
-    parts = [
-        (state.gripper + 0.030 * up - spread * sideways, (0.010, 0.016, 0.042), _FINGER),
-        (state.gripper + 0.030 * up + spread * sideways, (0.010, 0.016, 0.042), _FINGER),
-        (state.gripper + 0.085 * up, (0.084, 0.026, 0.013), _PALM),
-        (state.gripper + 0.126 * up, (0.032, 0.032, 0.028), _WRIST),
+    up, finger = np.array([0.0, 0.0, 1.0]), (0.010, 0.016, 0.042)
+    fingers = [
+        each(0, state.gripper + 0.030 * up + side * spread * sideways, finger, state.yaw, _FINGER, GRIPPER)
+        for side in (-1.0, 1.0)
     ]
-    for centre, size, paint in parts:
-        half, colour = np.broadcast_to(size, (len(rows), 3)), np.broadcast_to(paint, (len(rows), 3))
-        yield _Solids(0, rows, centre, half, state.yaw, colour, GRIPPER)
+    yield _join(0, [*fingers, each(0, state.gripper + 0.126 * up, (0.032, 0.032, 0.028), state.yaw, _WRIST, GRIPPER)])
+    yield each(0, state.gripper + 0.085 * up, (0.084, 0.026, 0.013), state.yaw, _PALM, GRIPPER)
 
 
-def _cast(
-    solid: _Solids,
-    domains: Sequence[str],
-    size: int,
-    which: torch.Tensor,
-    rays: torch.Tensor,
-    light: torch.Tensor,
-    colour: torch.Tensor,
-    depth: torch.Tensor,
-    label: torch.Tensor,
-) -> None:
-    """Trace one solid per world within its window and write the pixels where it is the nearest so far."""
+def _cast(solid: _Solids, scene: _Scene) -> None:
+    """Trace each solid within its window and write the pixels where it is the nearest so far."""
     import torch
 
+    size, depth = scene.size, scene.depth
     turn = np.stack([np.cos(solid.yaw), np.sin(solid.yaw)], 1)  # (r, 2)
     local = _CORNERS * solid.half[:, None]
     turned = np.stack(
@@ -288,10 +357,10 @@ def _cast(
         ],
         -1,
     )
-    item, pixel = _windows(solid.centre[:, None] + turned, solid.rows, domains, size)
+    item, pixel = _windows(solid.centre[:, None] + turned, solid.rows, scene)
     rows = torch.from_numpy(solid.rows)[:, None]
-    dx, dy, dz = rays[which[rows] * size**2 + pixel].unbind(-1)  # (r, w) each
-    origin = np.stack([LOOKS[domains[row]].camera.position for row in solid.rows]) - solid.centre
+    dx, dy, dz = scene.rays[scene.which[rows] * size**2 + pixel].unbind(-1)  # (r, w) each
+    origin = np.stack([scene.views[row].position for row in solid.rows]) - solid.centre
     ox, oy, oz = (torch.tensor(value, dtype=torch.float32)[:, None] for value in origin.T)
     hx, hy, hz = (torch.tensor(value, dtype=torch.float32)[:, None] for value in solid.half.T)
     cos, sin = (torch.tensor(value, dtype=torch.float32)[:, None] for value in turn.T)
@@ -304,6 +373,10 @@ def _cast(
     item, t, where = item[hit], t[hit], where[hit]
     if not len(item):
         return
+    depth.scatter_reduce_(0, where, t, "amin")
+    nearest_of_all = t == depth[where]  # two solids of this call may cover one pixel
+    hit[hit.clone()] = nearest_of_all
+    item, t, where = item[nearest_of_all], t[nearest_of_all], where[nearest_of_all]
     # The normal, from the point on the surface in the solid's own frame.
     px, py, pz = (o[item, 0] + t * d[hit] for o, d in ((ox, dx), (oy, dy), (oz, dz)))
     hx, hy, hz = hx[item, 0], hy[item, 0], hz[item, 0]
@@ -320,29 +393,29 @@ def _cast(
         nx, ny, nz = nx * ~top, ny * ~top, pz.sign() * top
         cos, sin = cos[item, 0], sin[item, 0]
         nx, ny = nx * cos - ny * sin, nx * sin + ny * cos
-    lx, ly, lz = light[rows[item, 0]].unbind(-1)
+    lx, ly, lz = scene.light[rows[item, 0]].unbind(-1)
     shade = _AMBIENT + _DIFFUSE * (nx * lx + ny * ly + nz * lz).clamp(min=0.0)
     paint = torch.tensor(solid.colour, dtype=torch.float32)[item]
-    colour[where] = (paint * shade[:, None]).clamp(max=1.0)
-    depth[where] = t
-    label[where] = solid.label
+    scene.colour[where] = (paint * shade[:, None]).clamp(max=1.0)
+    scene.label[where] = torch.tensor(solid.label, dtype=torch.uint8)[item]
 
 
-def _windows(
-    corners: np.ndarray, rows: np.ndarray, domains: Sequence[str], size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(corners: np.ndarray, rows: np.ndarray, scene: _Scene) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels that a shape with these corners (r, 8, 3) can cover: item (r, w) = 0..r-1 and pixel (r, w) indices.
 
     All windows of a call have one size, the largest needed; extra pixels are traced and missed.
     """
     import torch
 
-    low, high = np.empty((len(rows), 2)), np.empty((len(rows), 2))
-    for name in set(domains):
-        mine = np.array([domains[row] == name for row in rows])
-        if mine.any():
-            spot, _ = LOOKS[name].camera.project(corners[mine])
-            low[mine], high[mine] = spot.min(1) * size, spot.max(1) * size
+    size, low, high = scene.size, np.empty((len(rows), 2)), np.empty((len(rows), 2))
+    views = [scene.views[row] for row in rows]
+    for view in set(views):
+        mine = np.array([other is view or other == view for other in views])
+        spot, depth = view.project(corners[mine])
+        # A shape that reaches behind the camera's plane may cover anything.
+        near = (depth < 0.01).any(1)[:, None]
+        low[mine] = np.where(near, 0.0, spot.min(1) * size)
+        high[mine] = np.where(near, size, spot.max(1) * size)
     first = np.clip(np.floor(low - 0.5), 0, size - 1).astype(int)
     last = np.clip(np.ceil(high - 0.5), 0, size - 1).astype(int)
     width, height = (last - first).max(0) + 1

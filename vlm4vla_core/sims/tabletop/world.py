@@ -1,10 +1,10 @@
 """Physics of the tabletop world: many independent worlds in one batch of NumPy arrays (float64, metres, radians).
 
-A two-finger gripper with four degrees of freedom (x, y, z, yaw) over a table with two or three objects, which are
-upright discs to the physics. It can grasp and carry, and it pushes when its fingers are closed; objects push each
-other; nothing passes through the table, through a closed gripper or out of the workspace. Left out in version 0:
-velocities, tipping, roll and pitch (these two action numbers are ignored), stacking (a released object drops to the
-table), and collisions of an open gripper.
+A two-finger gripper with four degrees of freedom (x, y, z, yaw) over a table with up to four objects, which are
+upright discs to the physics, two flat plates, and a switch: a knob on a rail at the back, right is on. The hand can
+grasp, carry, place and stack; with its fingers closed it pushes objects and the knob. Objects push each other; what is
+let go, or loses its support, falls onto the flat top below it or onto the table. Left out: velocities, tipping, roll and
+pitch (these two action numbers are ignored), and collisions of an open hand.
 
 Trap: every operation is elementwise over worlds, written without reductions over the batch, so that a world's
 future depends only on its own state and actions, never on the batch that it is stepped in.
@@ -13,18 +13,21 @@ future depends only on its own state and actions, never on the batch that it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from vlm4vla_core.errors import InputError
 
-VERSION = 0  # raise it with every change to scenes, physics, expert or looks: stores recorded before become stale
-SLOTS = 3  # object slots per world; an absent object has kind -1
+VERSION = 1  # raise it with every change to scenes, physics, expert or looks: stores recorded before become stale
+SLOTS = 4  # object slots per world; an absent object has kind -1
+PLATES = 2
 KINDS = ("cube", "ball", "cylinder")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 HALF_EXTENTS = np.array([[0.043, 0.043, 0.043], [0.046, 0.046, 0.046], [0.042, 0.042, 0.046]])  # (kind, xyz)
+FLAT_TOP = np.array([True, False, True])  # (kind,) something can stand on it
 FOOTPRINT = 0.05  # radius of every object's disc; a cube's true outline is a little wider at its corners
+STACK_REACH = 0.04  # an object stands on another while their centres are this near
 PLATE_RADIUS = 0.085
 
 WORKSPACE_LOW = np.array([-0.27, -0.27, 0.03])  # of the gripper's point, between its finger tips
@@ -39,8 +42,10 @@ GRASP_XY, GRASP_Z = 0.045, 0.056  # an object this near to the gripper's point w
 TIP = 0.01  # finger tips reach this far below the gripper's point
 FINGER = 0.02  # radius of the closed fingers
 CONTACT = FINGER + FOOTPRINT  # distance at which closed fingers touch an object
-_TOLERANCE = 1e-6
-_RELAXATIONS = 24
+
+SWITCH_Y = 0.25  # the knob's rail runs along x here
+KNOB_RADIUS, KNOB_HEIGHT, KNOB_TRAVEL = 0.03, 0.06, 0.05  # the knob moves by TRAVEL to either side of the rail's middle
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ class State:
     kind: np.ndarray  # (n, SLOTS) index into KINDS, -1 where absent
     colour: np.ndarray  # (n, SLOTS) index into COLOURS
     held: np.ndarray  # (n,) slot of the held object, -1 for none
-    plate: np.ndarray  # (n, 2) centre of a flat plate, which nothing collides with
-    plate_colour: np.ndarray  # (n,) index into COLOURS, -1 where there is no plate
+    on: np.ndarray  # (n, SLOTS) slot of the object that it stands on, -1 for the table or the hand
+    plate: np.ndarray  # (n, PLATES, 2) centres of flat plates, which nothing collides with
+    plate_colour: np.ndarray  # (n, PLATES) index into COLOURS, -1 where there is no plate
+    rail: np.ndarray  # (n,) x of the middle of the switch's rail
+    knob: np.ndarray  # (n,) x of the knob
 
     def __len__(self) -> int:
         return len(self.gripper)
@@ -83,6 +91,11 @@ def rest_height(kind: np.ndarray) -> np.ndarray:
     return HALF_EXTENTS[kind, 2]
 
 
+def switched_on(state: State) -> np.ndarray:
+    """(n,) bool: the knob is right of its rail's middle, and the lamp is lit."""
+    return state.knob > state.rail
+
+
 def length(vector: np.ndarray) -> np.ndarray:
     """Euclidean length over the last axis (2 or 3), in a fixed order of summation."""
     total = vector[..., 0] ** 2 + vector[..., 1] ** 2
@@ -97,6 +110,8 @@ def step(state: State, actions: np.ndarray) -> State:
     motion happens with the fingers as they were; then the fingers open or close.
     Raises InputError on a wrong shape or a number that is not finite.
     """
+    from vlm4vla_core.sims.tabletop.contacts import Scene
+
     actions = np.asarray(actions, np.float64)
     if actions.shape != (len(state), 7):
         raise InputError(f"actions have shape {actions.shape}, expected {(len(state), 7)}")
@@ -104,131 +119,44 @@ def step(state: State, actions: np.ndarray) -> State:
         row, index = np.argwhere(~np.isfinite(actions))[0]
         raise InputError(f"action number {index} is {actions[row, index]}", where=f"world {row} of the batch")
     wanted = actions[:, :3]
-    size = length(wanted)
-    wanted = wanted * (MAX_STEP / np.maximum(size, MAX_STEP))[:, None]
-    gripper, objects = state.gripper, state.objects
-    for _ in range(SUBSTEPS):
-        gripper, objects = _move(state, gripper, objects, wanted / SUBSTEPS)
+    wanted = wanted * (MAX_STEP / np.maximum(length(wanted), MAX_STEP))[:, None]
     turn = np.clip(actions[:, 5], -MAX_TURN, MAX_TURN)
     yaw = np.clip(state.yaw + turn, -YAW_LIMIT, YAW_LIMIT)
     carried = np.arange(SLOTS) == state.held[:, None]  # (n, SLOTS)
     object_yaw = state.object_yaw + np.where(carried, (yaw - state.yaw)[:, None], 0.0)
-    is_open, held, objects = _fingers(state, gripper, objects, actions[:, 6] > 0.5)
-    gripper, objects = _separate(gripper, objects, state.kind, is_open, held)
-    return State(
-        gripper, yaw, is_open, objects, object_yaw, state.kind, state.colour, held, state.plate, state.plate_colour
-    )
-
-
-def _move(state: State, gripper: np.ndarray, objects: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Move the grippers by `delta` (n, 3) as far as they can go, with what they hold; push what is in the way."""
-    carried = np.arange(SLOTS) == state.held[:, None]  # (n, SLOTS)
-    below = np.where(carried, gripper[:, None, 2] - objects[..., 2] + rest_height(state.kind), 0.0).max(1)
-    new = np.clip(gripper + delta, WORKSPACE_LOW, WORKSPACE_HIGH)
-    new[:, 2] = np.maximum(new[:, 2], below)  # what is held stays above the table
-    # A closed hand above an object comes to rest on it; it does not sink into it.
-    bottom, reach = _pusher(gripper, objects, state.kind, state.open, state.held)
-    top = 2 * rest_height(state.kind)  # (n, SLOTS)
-    apart = length(objects[..., :2] - new[:, None, :2])
-    over = (apart < reach[:, None]) & (bottom[:, None] >= top - _TOLERANCE) & (state.kind >= 0) & ~carried
-    floor = np.where(over, top, -np.inf).max(1) + (gripper[:, 2] - bottom)
-    new[:, 2] = np.maximum(new[:, 2], np.where(state.open, -np.inf, floor))
-    objects = np.where(carried[..., None], objects + (new - gripper)[:, None], objects)
-    return _separate(new, objects, state.kind, state.open, state.held)
-
-
-def _pusher(
-    gripper: np.ndarray, objects: np.ndarray, kind: np.ndarray, is_open: np.ndarray, held: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest point (n,) of the closed hand with what it holds, and its contact distance (n,); 0 for an open hand."""
-    slot = np.maximum(held, 0)
-    rows = np.arange(len(gripper))
-    under = objects[rows, slot, 2] - rest_height(kind[rows, slot])
-    bottom = np.where(held >= 0, under, gripper[:, 2] - TIP)
-    reach = np.where(held >= 0, 2 * FOOTPRINT, CONTACT)
-    return bottom, np.where(is_open, 0.0, reach)
-
-
-def _fingers(
-    state: State, gripper: np.ndarray, objects: np.ndarray, want_open: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Open or close: a released object drops to the table, the nearest one in reach is centred and held."""
-    slots = np.arange(SLOTS)
-    released = (slots == state.held[:, None]) & want_open[:, None]
-    objects = objects.copy()
-    objects[..., 2] = np.where(released, rest_height(state.kind), objects[..., 2])
-    held = np.where(want_open, -1, state.held)
-    offset = objects - gripper[:, None]
-    apart = length(offset[..., :2])
-    reachable = (state.kind >= 0) & (apart < GRASP_XY) & (np.abs(offset[..., 2]) < GRASP_Z)
-    apart = np.where(reachable, apart, np.inf)
-    closing = state.open & ~want_open & reachable.any(1)
-    held = np.where(closing, apart.argmin(1), held)
-    taken = (slots == held[:, None]) & closing[:, None]
-    objects[..., :2] = np.where(taken[..., None], gripper[:, None, :2], objects[..., :2])
-    return want_open.copy(), held, objects
-
-
-def _separate(
-    gripper: np.ndarray, objects: np.ndarray, kind: np.ndarray, is_open: np.ndarray, held: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Push discs apart: the hand moves objects, objects move each other, the rail stops them, the hand yields last."""
-    bottom, reach = _pusher(gripper, objects, kind, is_open, held)
-    slots = np.arange(SLOTS)
-    lying = (kind >= 0) & (slots != held[:, None])  # (n, SLOTS)
-    pushed = lying & (bottom[:, None] < 2 * rest_height(kind) - _TOLERANCE) & (reach > 0)[:, None]
-    rows = np.flatnonzero(_overlap(gripper, objects, lying, pushed, reach))
+    want_open = actions[:, 6] > 0.5
+    moved = replace(_moved_freely(state, wanted), yaw=yaw, object_yaw=object_yaw)
+    rows = np.flatnonzero((want_open != state.open) | _near_contact(state))
     if not len(rows):
-        return gripper, objects
-    hand, discs = gripper[rows].copy(), objects[rows].copy()  # (r, 3), (r, SLOTS, 3)
-    low, high = WORKSPACE_LOW[:2] - RAIL, WORKSPACE_HIGH[:2] + RAIL
-    for _ in range(_RELAXATIONS):
-        moved = False  # a settled row is left exactly as it is, so going on for the others' sake changes nothing
-        for k in slots:
-            away, missing = _contact(hand[:, :2], discs[:, k, :2], reach[rows], pushed[rows, k])
-            discs[:, k, :2] = np.clip(discs[:, k, :2] + away * missing, low, high)
-            moved |= bool(missing.any())
-        for i in slots:
-            for j in slots[i + 1 :]:
-                both = lying[rows, i] & lying[rows, j]
-                away, missing = _contact(discs[:, i, :2], discs[:, j, :2], 2 * FOOTPRINT, both)
-                discs[:, i, :2] = np.clip(discs[:, i, :2] - away * missing / 2, low, high)
-                discs[:, j, :2] = np.clip(discs[:, j, :2] + away * missing / 2, low, high)
-                moved |= bool(missing.any())
-        if not moved:
-            break
-    for k in slots:  # what an object at the rail could not give, the hand gives
-        away, missing = _contact(hand[:, :2], discs[:, k, :2], reach[rows], pushed[rows, k])
-        hand[:, :2] = np.clip(hand[:, :2] - away * missing, WORKSPACE_LOW[:2], WORKSPACE_HIGH[:2])
-    yielded = hand - gripper[rows]
-    carried = slots == held[rows, None]
-    discs = np.where(carried[..., None], discs + yielded[:, None], discs)
-    discs = np.where(kind[rows][..., None] >= 0, discs, objects[rows])  # the rail does not hold what is not there
-    gripper, objects = gripper.copy(), objects.copy()
-    gripper[rows], objects[rows] = hand, discs
-    return gripper, objects
+        return moved
+    scene = Scene(state[rows])
+    for _ in range(SUBSTEPS):
+        scene.move(wanted[rows] / SUBSTEPS)
+    scene.fingers(want_open[rows])
+    for name in ("gripper", "objects", "open", "held", "on", "knob"):
+        whole = getattr(moved, name).copy()
+        whole[rows] = getattr(scene, name)
+        moved = replace(moved, **{name: whole})
+    return moved
 
 
-def _overlap(
-    gripper: np.ndarray, objects: np.ndarray, lying: np.ndarray, pushed: np.ndarray, reach: np.ndarray
-) -> np.ndarray:
-    """(n,) bool: some discs overlap."""
-    near_hand = length(objects[..., :2] - gripper[:, None, :2]) < reach[:, None] - _TOLERANCE  # (n, SLOTS)
-    found = np.asarray((pushed & near_hand).any(1))
-    for i in range(SLOTS):
-        for j in range(i + 1, SLOTS):
-            near = length(objects[:, i, :2] - objects[:, j, :2]) < 2 * FOOTPRINT - _TOLERANCE
-            found |= near & lying[:, i] & lying[:, j]
-    return found
+def _moved_freely(state: State, delta: np.ndarray) -> State:
+    """Hands moved by `delta` (n, 3), with what they hold, where nothing is in the way but table and workspace."""
+    carried = np.arange(SLOTS) == state.held[:, None]  # (n, SLOTS)
+    under = state.objects[..., 2] - rest_height(state.kind)
+    low = np.where(carried, state.gripper[:, None, 2] - under, 0.0).max(1)
+    new = np.clip(state.gripper + delta, WORKSPACE_LOW, WORKSPACE_HIGH)
+    new[:, 2] = np.maximum(new[:, 2], low)  # what is held stays above the table
+    objects = np.where(carried[..., None], state.objects + (new - state.gripper)[:, None], state.objects)
+    return replace(state, gripper=new, objects=objects)
 
 
-def _contact(
-    a: np.ndarray, b: np.ndarray, distance: np.ndarray | float, active: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors (r, 2) from a to b, and how far (r, 1) they are short of `distance`; 0 where not `active`."""
-    apart = b - a
-    size = length(apart)
-    coincide = size < 1e-9
-    unit = np.where(coincide[:, None], np.array([1.0, 0.0]), apart / np.where(coincide, 1.0, size)[:, None])
-    missing = distance - size
-    return unit, np.where(active & (missing > _TOLERANCE), missing, 0.0)[:, None]
+def _near_contact(state: State) -> np.ndarray:
+    """(n,) bool: a closed hand, with what it holds, that may touch something within one step."""
+    carried = np.arange(SLOTS) == state.held[:, None]
+    reach = np.where(state.held >= 0, FOOTPRINT, FINGER) + MAX_STEP + TOLERANCE  # (n,)
+    apart = length(state.objects[..., :2] - state.gripper[:, None, :2])
+    near = ((apart < reach[:, None] + FOOTPRINT) & (state.kind >= 0) & ~carried).any(1)
+    spot = np.stack([state.knob, np.full(len(state), SWITCH_Y)], 1)
+    near |= length(spot - state.gripper[:, :2]) < reach + KNOB_RADIUS
+    return ~state.open & near
