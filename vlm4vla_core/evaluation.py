@@ -90,7 +90,7 @@ class PolicyActor:
     batch_size: int = 64
 
     def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        images = env.observe(rows)
+        images = env.observe(rows, self.policy.config.camera)
         instructions = [env.instructions[row] for row in rows]
         chunks = [
             self.policy.predict(images[i : i + self.batch_size], instructions[i : i + self.batch_size]).actions
@@ -129,43 +129,30 @@ def _rollout_group(
     tasks = [task for task, _ in cells]
     seeds = [benchmark.env_seed(task, episode) for task, episode in cells]
     env = benchmark.env(tasks, seeds)
-    limits = np.array([benchmark.step_limits[task] for task in tasks])  # (n,)
     rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # a baseline's own stream, apart from the world's
-    ever = np.zeros(len(cells), bool)
-    last = np.zeros(len(cells), bool)
-    steps = np.zeros(len(cells), int)
-    running = np.ones(len(cells), bool)
-    any_step = benchmark.success_rule == "any_step"
-    for t in range(int(limits.max())):
-        rows = np.flatnonzero(running)
-        if not len(rows):
-            break
-        phase = t % actor.execute  # every running episode started at t = 0, so they replan together
-        if phase == 0:
-            fresh = actor.act(env, rows, rngs)  # (R, chunk, A)
-            if not np.isfinite(fresh).all():
+    chunk, phase = np.zeros((len(cells), actor.execute, benchmark.convention.size)), np.full(len(cells), actor.execute)
+    while env.running.any():
+        phase[env.renewed] = actor.execute  # new words: look again
+        fresh = np.flatnonzero(env.running & (phase == actor.execute))
+        if len(fresh):
+            planned = actor.act(env, fresh, rngs)[:, : actor.execute]  # (R, execute, A)
+            if not np.isfinite(planned).all():
                 what = "the policy returned NaN or infinite actions"
                 raise InputError(what, where=actor.labels["model"], fix="use an earlier checkpoint")
-            chunk = np.zeros((len(cells), *fresh.shape[1:]))
-            chunk[rows] = fresh
+            chunk[fresh], phase[fresh] = planned, 0
+        rows = np.flatnonzero(env.running)
         actions = np.zeros((len(cells), benchmark.convention.size))
-        actions[rows] = chunk[rows, phase]
+        actions[rows] = chunk[rows, phase[rows]]
+        phase[rows] += 1
         env.step(actions)
-        success = np.asarray(env.success(), bool)
-        steps[rows] += 1
-        last[rows], ever[rows] = success[rows], ever[rows] | success[rows]
-        running &= steps < limits
-        if any_step:
-            running &= ~ever
-        finished(len(rows) - int(running.sum()))
+        finished(len(rows) - int(env.running.sum()))
     seconds = (time.perf_counter() - began) / len(cells)
     for i, (task, episode) in enumerate(cells):
         row = dict.fromkeys(EPISODE_COLUMNS)
         row.update(actor.labels)
         row.update(
             benchmark=benchmark.name, protocol=benchmark.protocol, task=task, episode=episode, env_seed=seeds[i],
-            execute=actor.execute, success=bool(ever[i] if any_step else last[i]),
-            success_rule=benchmark.success_rule, steps=int(steps[i]), wall_s=round(seconds, 4),
+            execute=actor.execute, success_rule=benchmark.success_rule, wall_s=round(seconds, 4), **env.outcome(i),
         )  # fmt: skip
         yield row
 

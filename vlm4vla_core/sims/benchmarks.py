@@ -1,11 +1,11 @@
-"""Named, versioned protocols (`tabletop-abc-d@0`) and the batched environment that runs their episodes.
+"""Named, versioned protocols (`tabletop-abc-d@1`) and the batched environment that runs their episodes.
 
 A protocol fixes tasks, initial states, seeds, step limits, success rule, picture and action convention; `describe()`
-is written into every result. Version 0 of the tabletop protocols is a first, simple one: single tasks in a small
-world, not the chains of five that version 1 will have.
+is written into every result. Three rehearse benchmarks of the field: `tabletop-abc-d@1` CALVIN ABC-D (chains of five in an
+unseen look), `tabletop-shift@1` SimplerEnv (trained on "real" pictures, tested on rendered ones), `tabletop-long@1`
+LIBERO-Long (ten long tasks).
 
-Trap: `BatchedEnv.success` says whether the goal holds *now*; the protocol's `success_rule` (any step, or only the
-last) is applied by whoever runs the episode.
+Trap: they are rehearsals in a built-in world; a number from them never bears the other benchmarks' names.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 
 from vlm4vla_core.actions import TABLETOP, ActionConvention
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.sims.tabletop import tasks as families
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.expert import expert
+from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, step_limit
 from vlm4vla_core.sims.tabletop.looks import LOOKS
+from vlm4vla_core.sims.tabletop.scenes import CHAIN, LONG
 from vlm4vla_core.sims.tabletop.tasks import FAMILIES, TASKS
 
 _BITS = 48  # drawn bits of a seed; bit 48 marks evaluation, and 49 bits are exact in every JSON reader
@@ -53,8 +53,9 @@ def is_evaluation_seed(seed: int) -> bool:
 class Benchmark:
     """One protocol. `execute`: actions of a predicted chunk carried out before replanning, None for the whole chunk.
 
-    camera, image_size: the picture a policy gets. domains: looks that an episode's look is drawn from (by its seed).
-    train_domains: looks that demonstrations for this protocol may use. success_rule: `any_step` or `last_step`.
+    image_size: pixels of the picture a policy gets. domains: looks that an episode's look is drawn from (by its seed).
+    train_domains: looks that demonstrations for this protocol may use. success_rule: `any_step` or `last_step`. held_out:
+    instructions in words that no demonstration uses.
     """
 
     name: str
@@ -64,10 +65,10 @@ class Benchmark:
     train_domains: tuple[str, ...]
     tasks: tuple[str, ...] = TASKS
     convention: ActionConvention = TABLETOP
-    camera: str = "front"
     image_size: int = 112
     success_rule: str = "any_step"
     execute: int | None = None
+    held_out: bool = False
 
     @property
     def protocol(self) -> str:
@@ -77,7 +78,7 @@ class Benchmark:
     @property
     def step_limits(self) -> dict[str, int]:
         """Most steps of an episode, per task."""
-        return {task: FAMILIES[task].step_limit for task in self.tasks}
+        return {task: step_limit(task) for task in self.tasks}
 
     @property
     def action_limit(self) -> tuple[float, ...]:
@@ -100,8 +101,8 @@ class Benchmark:
             if task not in self.tasks:
                 raise InputError(f"{self.protocol} has no task '{task}'", fix=nearest(task, self.tasks))
         domains = [self.domain(seed) for seed in seeds]
-        return BatchedEnv([families.start(task, seed) for task, seed in zip(tasks, seeds, strict=True)],
-                          domains, self.image_size)  # fmt: skip
+        last_step = self.success_rule == "last_step"
+        return BatchedEnv(tasks, seeds, domains, self.image_size, last_step=last_step, held_out=self.held_out)
 
     def describe(self) -> dict[str, Any]:
         """The whole protocol as JSON values."""
@@ -109,20 +110,13 @@ class Benchmark:
             "protocol": self.protocol,
             "title": self.title,
             "world_version": world.VERSION,
-            "tasks": {
-                task: {
-                    "success": FAMILIES[task].rule,
-                    "step_limit": FAMILIES[task].step_limit,
-                    "templates": list(FAMILIES[task].templates),
-                }
-                for task in self.tasks
-            },
+            "tasks": {task: _describe(task, held_out=self.held_out) for task in self.tasks},
             "success_rule": self.success_rule,
             "execute": self.execute or "whole chunk",
             "seeds": SEED_RULE,
             "domains": list(self.domains),
             "train_domains": list(self.train_domains),
-            "cameras": {domain: {self.camera: LOOKS[domain].camera.to_dict()} for domain in self.domains},
+            "cameras": {domain: {"front": LOOKS[domain].camera.to_dict()} for domain in self.domains},
             "image_size": self.image_size,
             "convention": self.convention.to_dict(),
             "limits": {
@@ -135,50 +129,44 @@ class Benchmark:
         }
 
 
-class BatchedEnv:
-    """n worlds stepped together; an episode's outcome depends only on its task, its seed and its actions."""
-
-    def __init__(self, starts: Sequence[families.Start], domains: Sequence[str], image_size: int) -> None:
-        self.state = world.stack([start.state for start in starts])
-        self.goal = families.stack_goals([start.goal for start in starts])
-        self.instructions = [start.instruction for start in starts]
-        self.domains = list(domains)
-        self.image_size = image_size
-        self.n = len(self.instructions)
-
-    def observe(self, rows: np.ndarray | Sequence[int] | None = None) -> np.ndarray:
-        """Camera pictures (len(rows), H, W, 3) uint8; all worlds when `rows` is None."""
-        from vlm4vla_core.sims.tabletop.render import render
-
-        chosen = np.arange(self.n) if rows is None else np.asarray(rows)
-        return render(self.state[chosen], [self.domains[row] for row in chosen], self.image_size).rgb
-
-    def step(self, actions: np.ndarray) -> None:
-        """Carry out one action (n, A) per world. Raises InputError on a wrong shape, NaN or infinity."""
-        self.state = world.step(self.state, actions)
-
-    def success(self) -> np.ndarray:
-        """(n,) bool: the goal holds now."""
-        return families.success(self.state, self.goal)
-
-    def expert(self) -> np.ndarray:
-        """(n, A) clean actions of the scripted expert, which reads the simulator's state."""
-        return expert(self.state, self.goal)
+def _describe(task: str, *, held_out: bool) -> dict[str, Any]:
+    """One task of a protocol as JSON values."""
+    limit = {"step_limit": step_limit(task)}
+    if task == CHAIN_TASK:
+        parts = {family: _describe(family, held_out=held_out) for family in CHAIN}
+        return {"success": "five asks done one after the other, each within its family's step limit", "parts": parts}
+    if task in LONG:
+        asks = [f"{ask.family}({ask.slot}, {ask.other}, {ask.direction})" for ask in LONG[task].asks]
+        return {"success": f"all hold at once: {'; '.join(asks)}", **limit, "templates": [LONG[task].template]}
+    family = FAMILIES[task]
+    return {"success": family.rule, **limit, "templates": list(family.held_out if held_out else family.templates)}
 
 
+_LOOKS = {"domains": ("A", "B", "C"), "train_domains": ("A", "B", "C")}
+_UNSEEN = {"domains": ("D",), "train_domains": ("A", "B", "C")}
 PROTOCOLS: dict[str, Benchmark] = {
     bench.protocol: bench
     for bench in (
-        Benchmark("tabletop-abc-d", 0, "tabletop, looks A, B, C for training, unseen look D for the test",
-                  domains=("D",), train_domains=("A", "B", "C")),
-        Benchmark("tabletop-abc", 0, "tabletop, training and test in the looks A, B, C",
-                  domains=("A", "B", "C"), train_domains=("A", "B", "C")),
+        Benchmark("tabletop-abc-d", 1, "chains of five instructions; looks A, B, C for training, unseen D for the test",
+                  tasks=(CHAIN_TASK,), **_UNSEEN),
+        Benchmark("tabletop-abc", 1, "chains of five instructions, training and test in the looks A, B, C",
+                  tasks=(CHAIN_TASK,), **_LOOKS),
+        Benchmark("tabletop-shift", 1, "training on degraded pictures with other textures, test on clean ones",
+                  tasks=CHAIN, domains=("A", "B", "C"), train_domains=("R", "S", "T")),
+        Benchmark("tabletop-long", 1, "ten long tasks: several goals in one sentence, all of which have to hold",
+                  tasks=tuple(LONG), **_LOOKS),
+        Benchmark("tabletop-tasks", 1, "single tasks; looks A, B, C for training, unseen D for the test",
+                  tasks=TASKS, **_UNSEEN),
+        Benchmark("tabletop-tasks-abc", 1, "single tasks, training and test in the looks A, B, C",
+                  tasks=TASKS, **_LOOKS),
+        Benchmark("tabletop-words", 1, "single tasks in words that no demonstration uses, in the looks A, B, C",
+                  tasks=TASKS, held_out=True, **_LOOKS),
     )
 }  # fmt: skip
 
 
 def benchmark(protocol: str) -> Benchmark:
-    """The protocol of this name with version, such as "tabletop-abc-d@0". Raises InputError naming the known ones."""
+    """The protocol of this name with version, such as "tabletop-abc-d@1". Raises InputError naming the known ones."""
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, PROTOCOLS))
     return PROTOCOLS[protocol]

@@ -18,7 +18,7 @@ from vlm4vla_core.sims.tabletop.tasks import MOVE_ACROSS, TASKS, Goal, plate_pos
 from vlm4vla_core.sims.tabletop.world import CONTACT, SLOTS, State, length
 
 LOW = 0.04  # height of the gripper's point when it grasps or pushes something on the table
-HOVER = 0.10  # how much higher it travels
+HOVER = 0.10  # how much higher it travels, at least
 CLEAR = 0.03  # room under what is carried over other objects
 BEHIND = CONTACT + 0.025  # distance from the object's centre at which a push starts
 KNOB_BEHIND = world.FINGER + world.KNOB_RADIUS + 0.025
@@ -43,6 +43,7 @@ def expert(state: State, goals: Goal | Sequence[Goal]) -> np.ndarray:
             if len(rows):
                 actions[rows] = _EXPERTS[task](state[rows], goal[rows])
         waiting = waiting & ~mine
+    actions[(state.held >= 0) & (actions[:, 6] > 0.5), :3] = 0.0  # what is let go falls where it is, not on the way
     actions[:, 5] = np.clip(-state.yaw, -world.MAX_TURN, world.MAX_TURN)
     return actions
 
@@ -84,7 +85,7 @@ def _grasp(state: State, target: np.ndarray) -> np.ndarray:
     """Actions (n, 7) that go to the objects at `target` (n, 3) with open fingers and close them there."""
     above = np.concatenate([target[:, :2], np.maximum(target[:, 2:] - 0.004, LOW)], 1)
     delta = above - state.gripper
-    near = (length(delta[:, :2]) < 0.03) & (np.abs(delta[:, 2]) < 0.03)
+    near = (length(delta[:, :2]) < 0.036) & (np.abs(delta[:, 2]) < 0.03)
     # A closed hand, empty or with the wrong object, opens first; the fingers close only around the target.
     return _towards(_funnel(state.gripper, above), ~(near & state.open))
 
@@ -95,15 +96,19 @@ def _pick(state: State, goal: Goal) -> np.ndarray:
     return np.where((state.held == goal.slot)[:, None], raise_it, get_it)
 
 
+def _highest(state: State, but: np.ndarray | int = -1) -> np.ndarray:
+    """(n,) top of the highest thing on the table, the slots `but` (n,) aside."""
+    others = (state.kind >= 0) & (np.arange(SLOTS) != np.reshape(but, (-1, 1)))
+    return np.where(others, state.objects[..., 2] + world.rest_height(state.kind), world.KNOB_HEIGHT).max(1)
+
+
 def _carry(state: State, goal: Goal, place: np.ndarray, height: np.ndarray) -> np.ndarray:
     """Grasp the target, bring it over the points `place` (n, 2), lower its underside to `height` (n,), let go."""
     target, rows = target_position(state.objects, goal), np.arange(len(state))
     slot = np.maximum(goal.slot, 0)
     hang = state.gripper[:, 2] - target[:, 2] + world.rest_height(state.kind[rows, slot])  # hand above the underside
-    others = (state.kind >= 0) & (np.arange(SLOTS) != goal.slot[:, None])
-    tops = np.where(others, state.objects[..., 2] + world.rest_height(state.kind), world.KNOB_HEIGHT).max(1)
     goes = np.concatenate([place, (height + hang)[:, None]], 1)
-    delta = _funnel(state.gripper, goes, np.maximum(tops + CLEAR - height, 0.02))
+    delta = _funnel(state.gripper, goes, np.maximum(_highest(state, goal.slot) + CLEAR - height, 0.02))
     there = (length(goes[:, :2] - state.gripper[:, :2]) < 0.02) & (np.abs(goes[:, 2] - state.gripper[:, 2]) < 0.02)
     return np.where((state.held == goal.slot)[:, None], _towards(delta, there), _grasp(state, target))
 
@@ -133,7 +138,8 @@ def _shove(state: State, target: np.ndarray, way: np.ndarray, behind: float) -> 
     level = np.full((len(state), 1), LOW)
     shove = np.concatenate([way * world.MAX_STEP - left * across[:, None], level - hand[:, 2:]], 1)
     go = np.concatenate([target - way * behind, level], 1)
-    delta = np.where(pushing[:, None], shove, _funnel(hand, go))
+    over = np.maximum(_highest(state, state.held) + CLEAR + world.TIP - LOW, HOVER)  # a closed hand knocks stacks over
+    delta = np.where(pushing[:, None], shove, _funnel(hand, go, over))
     apart = length(state.objects[..., :2] - hand[:, None, :2])
     reach = state.objects[..., 2] + 0.08  # an object is in the way of closing while the hand is not above it
     crowded = ((apart < 0.06) & (state.kind >= 0) & (hand[:, 2:] < reach)).any(1) & state.open

@@ -1,4 +1,7 @@
-"""How the domains look: camera, table pattern, floor and light of A, B, C (training) and D (kept for tests).
+"""How the domains look: camera, table pattern, floor, light and colours.
+
+A, B, C are for training and D is kept for tests. R, S, T are "real": other textures and colours, seen through a worse
+camera. U, V, W are for questions about scenes: other tables, colours and viewpoints than any policy sees.
 
 Trap: a look is fixed, camera included, so that table and floor are traced only once; a new look is a new entry,
 never a changed one, since stores and results name their looks by letter.
@@ -11,6 +14,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from vlm4vla_core.sims.tabletop.sensor import REAL_LIKE, Sensor
 
 TABLE = np.array([0.38, 0.37])  # half extents of the table top, which lies at z = 0
 TABLE_THICKNESS, FLOOR = 0.04, -0.45  # m
@@ -60,8 +65,8 @@ class Camera:
 
 @dataclass(frozen=True)
 class Look:
-    """Appearance of one domain: camera, table pattern with its two colours, floor colour, direction to the light, and
-    what red, green… look like."""
+    """Appearance of one domain: camera, table pattern with its two colours, floor colour, direction to the light, what
+    red, green… look like, and the sensor, None for a clean picture."""
 
     camera: Camera
     pattern: str
@@ -69,6 +74,7 @@ class Look:
     floor: tuple[float, float, float]
     light: tuple[float, float, float]
     palette: Colours = PALETTE
+    sensor: Sensor | None = None
 
     def towards_light(self) -> np.ndarray:
         """(3,) unit vector."""
@@ -93,6 +99,30 @@ LOOKS = {
         Camera((0.24, -1.04, 1.32), (-0.054, 0.069, 0.06), 1.63),
         "stripes", ((0.50, 0.62, 0.56), (0.40, 0.52, 0.47)), (0.46, 0.43, 0.38), (0.30, 0.20, 1.0),
     ),
+    "R": Look(
+        Camera((0.05, -1.22, 1.20), (0.0, 0.125, 0.06), 1.72),
+        "speckle", ((0.58, 0.54, 0.50), (0.46, 0.42, 0.39)), (0.33, 0.31, 0.30), (-0.20, -0.35, 1.0), DEEP, REAL_LIKE,
+    ),
+    "S": Look(
+        Camera((-0.10, -1.28, 1.24), (0.024, 0.120, 0.06), 1.78),
+        "weave", ((0.80, 0.78, 0.74), (0.66, 0.64, 0.60)), (0.42, 0.38, 0.34), (0.30, -0.40, 1.0), DEEP, REAL_LIKE,
+    ),
+    "T": Look(
+        Camera((0.12, -1.18, 1.26), (-0.030, 0.110, 0.06), 1.70),
+        "speckle", ((0.40, 0.33, 0.27), (0.31, 0.25, 0.20)), (0.24, 0.24, 0.26), (0.05, -0.20, 1.0), DEEP, REAL_LIKE,
+    ),
+    "U": Look(
+        Camera((0.45, -1.00, 1.30), (0.0, 0.06, 0.04), 1.60),
+        "weave", ((0.92, 0.90, 0.93), (0.80, 0.78, 0.84)), (0.62, 0.58, 0.55), (-0.30, 0.10, 1.0), PASTEL,
+    ),
+    "V": Look(
+        Camera((-0.50, -0.92, 1.36), (0.0, 0.05, 0.04), 1.58),
+        "speckle", ((0.36, 0.42, 0.50), (0.28, 0.33, 0.41)), (0.15, 0.16, 0.18), (0.20, -0.50, 1.0), PASTEL,
+    ),
+    "W": Look(
+        Camera((0.0, -0.85, 1.50), (0.0, 0.04, 0.04), 1.62),
+        "checks", ((0.90, 0.80, 0.66), (0.72, 0.34, 0.30)), (0.30, 0.22, 0.20), (0.35, -0.10, 1.0), DEEP,
+    ),
 }  # fmt: skip
 
 
@@ -111,6 +141,13 @@ def pattern(look: Look, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         mix = np.where((np.minimum(u, v) < 0.03) | (np.maximum(u, v) > 0.97), 1.9, mix)
     elif look.pattern == "diamonds":
         mix = np.mod(np.floor((x + y) / 0.17) + np.floor((x - y) / 0.17), 2.0)
-    else:  # stripes
+    elif look.pattern == "stripes":
         mix = np.mod(np.floor((0.8 * x + 0.6 * y) / 0.09), 2.0)
+    elif look.pattern == "checks":
+        mix = np.mod(np.floor(x / 0.19), 2.0) * 0.5 + np.mod(np.floor(y / 0.19), 2.0) * 0.5
+    elif look.pattern == "weave":
+        mix = 0.5 + 0.5 * np.sin(x / 0.006) * np.sin(y / 0.006)
+    else:  # speckle: grains of 8 mm, each of its own grey
+        grain = np.sin(np.floor(x / 0.008) * 12.9898 + np.floor(y / 0.008) * 78.233) * 43758.5453
+        mix = grain - np.floor(grain)
     return light + np.asarray(mix)[..., None] * (dark - light)

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.tasks import FAMILIES, Ask, all_asks, check_task, instruction
+from vlm4vla_core.sims.tabletop.tasks import (
+    FAMILIES,
+    ON_PLATE,
+    SWITCH_REACH,
+    SWITCH_ROOM,
+    Ask,
+    all_asks,
+    check_task,
+    fits,
+    instruction,
+)
 from vlm4vla_core.sims.tabletop.world import COLOURS, KINDS, PLATES, SLOTS, State
 
 CHAIN = ("touch", "push", "pick", "put", "stack", "switch")  # families that a chain draws from
@@ -24,7 +34,6 @@ CHAIN_LENGTH = 5
 _SPACING = 0.16  # m between the centres of objects at the start
 _TRIES = 64  # scenes drawn together until one fits
 _MARGIN = 0.04  # m between an object and the edge of the workspace at the start
-_KNOB_ROOM = 0.17  # m between an object and the middle of the switch's rail at the start
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def _fitting(rng: np.random.Generator, count: int, asks: Sequence[Ask], flat: Se
         kind[0, slot] = 2 * rng.integers(2)  # cube or cylinder
     while True:
         for drawn in _draw(rng, kind, colours, plates):
-            if all(FAMILIES[ask.family].fits(drawn, ask) for ask in asks):
+            if all(fits(drawn, ask) for ask in asks):
                 return drawn
 
 
@@ -84,11 +93,16 @@ def _draw(rng: np.random.Generator, kind: np.ndarray, colours: np.ndarray, plate
     plate = rng.uniform(low[:2] + 0.06, high[:2] - 0.06, size=(n, PLATES, 2))
     gripper = rng.uniform([low[0], low[1], 0.08], high, size=(n, 3))
     yaw, object_yaw = rng.uniform(-0.6, 0.6, size=n), rng.uniform(-np.pi / 4, np.pi / 4, size=(n, SLOTS))
-    switch = np.stack([rail, np.full(n, world.SWITCH_Y)], 1)
+
+    def from_switch(points: np.ndarray) -> np.ndarray:
+        """(n, k) distances of points (n, k, 2) from where a hand goes to shove the knob."""
+        x = np.clip(points[..., 0], rail[:, None] - SWITCH_REACH, rail[:, None] + SWITCH_REACH)
+        return world.length(points - np.stack([x, np.full_like(x, world.SWITCH_Y)], -1))
+
     apart = world.length(xy[:, :, None] - xy[:, None]) + np.eye(len(present))
-    valid = (apart.min((1, 2)) > _SPACING) & (world.length(xy - switch[:, None]).min(1) > _KNOB_ROOM)
+    valid = (apart.min((1, 2)) > _SPACING) & (from_switch(xy).min(1) > SWITCH_ROOM)
     valid &= world.length(plate[:, 0] - plate[:, 1]) > 2 * world.PLATE_RADIUS + 0.02
-    valid &= world.length(plate - switch[:, None]).min(1) > _KNOB_ROOM
+    valid &= from_switch(plate).min(1) > SWITCH_ROOM + ON_PLATE
     for i in np.flatnonzero(valid):
         objects = np.full((1, SLOTS, 3), -1.0)
         objects[0, present, :2], objects[0, present, 2] = xy[i], world.rest_height(kind[0, present])
@@ -126,7 +140,7 @@ def chain_ask(state: State, seed: int, place: int, *, held_out: bool = False) ->
     rng = _rng("ask", seed, place)
     count = int((state.kind[0] >= 0).sum())
     options = {
-        family: [ask for ask in all_asks(family, count, PLATES) if FAMILIES[family].fits(state, ask)]
+        family: [ask for ask in all_asks(family, count, PLATES) if fits(state, ask)]
         for family in CHAIN
     }
     families = [family for family, asks in options.items() if asks]

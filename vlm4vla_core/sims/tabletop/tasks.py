@@ -50,8 +50,10 @@ TOUCH_DISTANCE = 0.06  # m, from the gripper's point to the object's centre
 PICK_HEIGHT = 0.10  # m, of the held object above the table, measured from where it would rest
 ON_PLATE = 0.065  # m, from the object's centre to the plate's
 SWITCHED = 0.03  # m, of the knob from its rail's middle
+SWITCH_REACH = world.KNOB_TRAVEL + 0.08  # m to either side of its rail's middle: where a hand goes to shove the knob
+SWITCH_ROOM = world.CONTACT + 0.015  # m from there to the centre of an object that is not in the way
+_DROP_ROOM = 2 * world.FOOTPRINT + 0.005  # m
 ROOM = 0.17  # m that a commanded motion has at least before the edge of the workspace
-_NEEDS = ("nothing", "object", "plate", "base")  # what an ask names besides a direction; the last two: object and …
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def goals(state: State, asks: Sequence[Ask | None]) -> Goal:
 class Family:
     """One kind of task. In a template `{o}` is the object, `{p}` the plate or base, `{d}` a phrase for the direction.
 
-    held_out: paraphrases that no demonstration uses. needs: "nothing", "object", "plate" or "base" (see `_NEEDS`).
-    directions: those that can be asked for. fits: whether an ask can be carried out in a world (row 0 of a batch of
-    one) and is not done already. reached: (n,) bool success of worlds that all belong to this family.
+    held_out: paraphrases that no demonstration uses. needs: what an ask names: "nothing", "object", "plate" (object and
+    plate) or "base" (object and the one below). directions: those that can be asked for. fits: see `fits`, apart from what
+    the hand holds. reached: (n,) bool success of worlds that all belong to this family.
     """
 
     templates: tuple[str, ...]
@@ -243,6 +245,17 @@ def _free(state: State, slot: int) -> bool:
     return bool((state.on[0] != slot).all())
 
 
+def fits(state: State, ask: Ask) -> bool:
+    """Whether an ask can be carried out in a world (row 0 of a batch of one), and is not done already.
+
+    A hand that holds something else will let it go first: there must be nothing where it falls.
+    """
+    held = int(state.held[0])
+    if held >= 0 and held != ask.slot and _distances(state, state.objects[0, held], but=held).min() < _DROP_ROOM:
+        return False
+    return FAMILIES[ask.family].fits(state, ask)
+
+
 def _fits_move(state: State, ask: Ask) -> bool:
     return inside(state.gripper[0] + ROOM * np.array(DIRECTIONS[ask.direction]))
 
@@ -297,9 +310,10 @@ def _fits_switch(state: State, ask: Ask) -> bool:
     wanted = DIRECTIONS[ask.direction][0]
     if (state.knob[0] - state.rail[0]) * wanted > 0:
         return False
-    way = state.rail[0] + np.linspace(-0.15, 0.15, 7)
-    apart = [_distances(state, np.array([x, world.SWITCH_Y])).min() for x in way]
-    return min(apart) > world.CONTACT + 0.02
+    beside = np.clip(state.objects[0, :, 0], state.rail[0] - SWITCH_REACH, state.rail[0] + SWITCH_REACH)
+    nearest = np.stack([beside, np.full(SLOTS, world.SWITCH_Y)], 1)  # (SLOTS, 2) of the hand's way, to each object
+    apart = world.length(state.objects[0, :, :2] - nearest)
+    return bool((apart > SWITCH_ROOM)[state.kind[0] >= 0].all())
 
 
 FAMILIES: dict[str, Family] = {
