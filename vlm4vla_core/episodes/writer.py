@@ -33,7 +33,11 @@ class Episode:
 
     images: camera -> T encoded images, or uint8 (T, H, W, 3). state: (T, S). action: (T, A), already
     transformed, in physical units. columns: declared further floats, each (T, k), such as "truth/objects".
-    split: "train" or "val". source: file and record. info: short texts that become columns of the episode table.
+    depth: camera -> uint16 (T, H, W) in units of `depth_unit` metres, 0 where unknown; segmentation: camera -> uint8
+    (T, H, W) labels; both are kept losslessly and never resized. split: "train" or "val". source: file and record.
+    info: short texts that become columns of the episode table ("domain" and "seed" also go into the manifest).
+    notes: what was mended while reading -> how often, such as {"absent images of image_1 stored black": 3}; the
+    store's account adds them up.
     """
 
     instruction: str
@@ -44,6 +48,10 @@ class Episode:
     split: str = "train"
     source: str = ""
     info: dict[str, str] = field(default_factory=dict)
+    depth: dict[str, np.ndarray] = field(default_factory=dict)
+    depth_unit: float = 0.001
+    segmentation: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 class Writer:
