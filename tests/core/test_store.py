@@ -130,9 +130,10 @@ def test_equal_episodes_give_equal_bytes(tmp_path: Path):
 
 def test_many_steps_go_into_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = write(tmp_path / "one", make())
-    monkeypatch.setattr(writer, "STEPS_PER_SHARD", 4)  # 15 steps: shards of 4, 4, 4, 3, cutting through episodes
-    parts = write(tmp_path / "four", make())
-    assert sorted(path.name for path in parts.path.glob("steps-*")) == [f"steps-0000{n}.arrow" for n in range(4)]
+    monkeypatch.setattr(writer, "STEPS_PER_SHARD", 6)  # shards of whole episodes: 5 + 3 steps, then 7
+    parts = write(tmp_path / "two", make())
+    assert parts.manifest["shards"] == ["steps-00000.arrow", "steps-00001.arrow"]
+    assert [len(shard.table) for shard in parts._shards] == [8, 7]
     for name in ("state", "action", "episode_of", "step_of"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
         assert not getattr(parts, name).flags.writeable
@@ -250,7 +251,7 @@ def test_opening_tells_what_is_wrong(tmp_path: Path):
     damaged(store, "the store is empty")
     rewrite_manifest(store, convention=None)
     damaged(store, "damaged episode store|empty")
-    rewrite_manifest(store, version=folders.FORMAT_VERSION + 1)
+    rewrite_manifest(store, version=folders.format_version("episodes") + 1)
     damaged(store, "newer vlm4vla")
     (store.path / "dataset.json").write_text("{")
     damaged(store, "not valid JSON")
