@@ -112,8 +112,8 @@ def test_absent_images_are_stored_black_and_noted(tmp_path: Path):
     half = [b"", b"", jpeg(50, size=12), b""]  # the declared size is 8: what is there counts
     raw = [bridge_episode(0, image_0=[b""] * 4), bridge_episode(1, image_0=half), bridge_episode(2)]
     first, second, third = read(only(tmp_path, *raw))
-    assert first.notes == {"absent images of image_0, stored black": 2}
-    assert second.notes == {"absent images of image_0, stored black": 1}
+    assert first.notes == {"absent images of image_0 stored black": 2}
+    assert second.notes == {"absent images of image_0 stored black": 1}
     assert third.notes == {}
     for frame in (*first.images["image_0"], second.images["image_0"][0]):
         np.testing.assert_array_equal(images.decode(frame), np.zeros((12, 12, 3)))

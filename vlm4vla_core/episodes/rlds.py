@@ -193,7 +193,7 @@ class RldsSource:
             kept = {camera: [frames[camera][step] for step in steps] for camera in cameras}
             for camera, shown in kept.items():
                 if absent := shown.count(b""):
-                    notes[f"absent images of {camera}, stored black"] = absent
+                    notes[f"absent images of {camera} stored black"] = absent
                     black = images.encode(np.zeros((*self._seen_size(unit, camera, frames[camera]), 3), np.uint8))
                     kept[camera] = [frame or black for frame in shown]
             origin = _bytes(example, layout.origin, place) if layout.origin in example else []
@@ -362,7 +362,7 @@ def episodes(
                     continue
                 report.kept += 1
                 for note, count in one.notes.items():
-                    camera = note.split()[3].rstrip(",")
+                    camera = note.split()[3]
                     report.missing_images[camera] = report.missing_images.get(camera, 0) + count
                 yield one
         earlier |= here
