@@ -134,7 +134,7 @@ def test_what_is_left_out_is_told(tmp_path: Path):
     first, second, third = read(open_calvin(tmp_path))
     assert first == Skipped("without language", "train, annotation 0, frames 0 to 1")
     assert isinstance(second, Episode)
-    assert third == Skipped("annotation across two recordings", "train, annotation 2, frames 4 to 6")
+    assert third == Skipped("whose frames cross two recordings", "train, annotation 2, frames 4 to 6")
 
 
 # --- damage ---------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class CalvinSource:
             if not annotation.text:
                 yield Skipped("without language", where)
             elif not self._within_recording(split, annotation):
-                yield Skipped("annotation across two recordings", where)
+                yield Skipped("whose frames cross two recordings", where)
             else:
                 yield self._episode(unit.split, self.parts[split], annotation, cameras, where)
 

@@ -8,9 +8,8 @@ black is looked at instead; episodes may lack language.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from vlm4vla_core import images
 from vlm4vla_core.actions import BRIDGE, FRACTAL, LIBERO, ActionConvention
-from vlm4vla_core.episodes.checks import black_cameras, check_request, check_splits, choose_splits, numbers, same_length
+from vlm4vla_core.episodes.checks import check_request, check_splits, choose_splits, numbers, same_length
 from vlm4vla_core.episodes.source import Skipped, Unit
 from vlm4vla_core.episodes.tfds import Description, describe
 from vlm4vla_core.episodes.tfrecord import Feature, parse_example, read_records
@@ -60,10 +59,6 @@ class Layout:
     cameras: str = "steps/observation/"
     origin: str = "episode_metadata/file_path"
     rendered: bool = False
-
-    @property
-    def transform(self) -> str:  # until `convert` reads sources
-        return next(iter(self.transforms))
 
 
 _XYZ = ("x", "y", "z")
@@ -113,17 +108,6 @@ class RldsSource:
     cameras: tuple[str, ...]
     shards: dict[str, tuple[tuple[Path, int], ...]]
     format: str = "rlds"
-
-    version = ""  # until `convert` reads sources
-
-    def check_camera(self, camera: str) -> None:
-        check_request(self, (camera,), self.transforms[0])
-
-    def records(self, split: str) -> int:
-        return sum(count for _, count in self.shards[split])
-
-    def files(self, splits: Iterable[str]) -> list[Path]:
-        return list(dict.fromkeys(path for unit in self.units(tuple(splits)) for path in unit.files))
 
     @property
     def layout(self) -> Layout:
@@ -291,78 +275,3 @@ def _bytes(example: dict[str, Feature], key: str, place: str) -> list[bytes]:
     if isinstance(value, np.ndarray):
         raise InputError(f"'{key}' holds numbers where bytes belong", where=place)
     return value
-
-
-# --- until `convert` reads sources -----------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    """What reading met and left out; filled while `episodes` runs."""
-
-    read: int = 0
-    kept: int = 0
-    no_language: int = 0
-    too_short: int = 0
-    duplicates: dict[str, int] = field(default_factory=dict)  # split -> episodes that an earlier split has too
-    black_cameras: tuple[str, ...] = ()
-    missing_images: dict[str, int] = field(default_factory=dict)  # camera -> absent images, stored black
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """Readable lines, none when nothing was left out."""
-        out = []
-        if self.black_cameras:
-            out.append(f"black everywhere and left out: {', '.join(self.black_cameras)}")
-        out += [f"{n} episodes of split '{split}' repeat an earlier split" for split, n in self.duplicates.items()]
-        if self.no_language:
-            out.append(f"{self.no_language} episodes without language left out")
-        if self.too_short:
-            out.append(f"{self.too_short} episodes too short for the transform left out")
-        out += [f"{n} absent images of {camera} stored black" for camera, n in self.missing_images.items()]
-        return out
-
-
-def seen_cameras(
-    dataset: RldsSource,
-    splits: Iterable[str],
-    cameras: Iterable[str] = (),
-    progress: Callable[[int], Any] | None = None,
-) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    wanted = tuple(dict.fromkeys(cameras)) or dataset.cameras
-    black = black_cameras(dataset, splits, wanted, episodes=10**9)
-    return {camera: dataset.sizes[camera] for camera in wanted if camera not in black}, black
-
-
-def episodes(
-    dataset: RldsSource,
-    splits: Iterable[str],
-    cameras: dict[str, tuple[int, int]],
-    report: Report,
-    transform: str | None = None,
-) -> Iterator[Episode]:
-    earlier: set[str] = set()
-    for split in splits:
-        here: set[str] = set()
-        for unit in dataset.units((split,)):
-            for one in dataset.episodes(unit, tuple(cameras), transform or dataset.transforms[0]):
-                report.read += 1
-                if isinstance(one, Skipped):
-                    report.no_language += one.reason == "without language"
-                    report.too_short += one.reason != "without language"
-                    continue
-                digest = hashlib.sha256(one.action.tobytes() + one.state.tobytes())
-                for frames in one.images.values():
-                    digest.update(frames[0])
-                here.add(digest.hexdigest())
-                if digest.hexdigest() in earlier:
-                    report.duplicates[split] = report.duplicates.get(split, 0) + 1
-                    continue
-                report.kept += 1
-                for note, count in one.notes.items():
-                    camera = note.split()[3]
-                    report.missing_images[camera] = report.missing_images.get(camera, 0) + count
-                yield one
-        earlier |= here
