@@ -20,12 +20,17 @@ from torch import Tensor, nn
 
 from vlm4vla_core.actions import ActionConvention
 from vlm4vla_core.backbone import Backbone
-from vlm4vla_core.episodes.sampling import quantile_denormalise, quantile_normalise
+from vlm4vla_core.episodes.normalise import (
+    AUTHORS_BOUND,
+    clip_rescale,
+    clip_unscale,
+    quantile_denormalise,
+    quantile_normalise,
+)
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.heads import GRIPPER_WEIGHTS, HEADS, PAPER_WIDTH, action_losses, make_head
 
 NORMALISATIONS = ("quantile", "quantile_clip", "clip")
-PAPER_CLIP = 0.65
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class PolicyConfig:
     flow_steps: int = 10
     pad_to: int | None = None
     normalisation: str = "quantile"
-    clip: float = PAPER_CLIP
+    clip: float = AUTHORS_BOUND
 
     def __post_init__(self) -> None:
         for name in ("q01", "q99"):
@@ -81,14 +86,14 @@ class PolicyConfig:
         if self.normalisation != "clip":
             out = quantile_normalise(out, np.array(self.q01), np.array(self.q99))
         if self.normalisation != "quantile":
-            out[..., :-1] = np.clip(out[..., :-1], -self.clip, self.clip) / np.float32(self.clip)
+            out = clip_rescale(out, self.clip)
         return out
 
     def denormalise(self, normalised: np.ndarray) -> np.ndarray:
         """The way back of `normalise`; what was clipped stays clipped."""
         out = np.array(normalised, np.float32)
         if self.normalisation != "quantile":
-            out[..., :-1] *= np.float32(self.clip)
+            out = clip_unscale(out, self.clip)
         if self.normalisation != "clip":
             out = quantile_denormalise(out, np.array(self.q01), np.array(self.q99))
         return out
