@@ -80,7 +80,7 @@ def test_one_annotation_is_one_episode_with_its_end(tmp_path: Path):
     first, second, third = kept(source, ("rgb_gripper", "rgb_static"))
     assert [len(e.action) for e in (first, second, third)] == [5, 1, 3]
     assert [e.split for e in (first, second, third)] == ["train", "train", "val"]
-    assert (first.instruction, first.info) == ("do thing 0", {"task": "task_0", "scene": ""})
+    assert (first.instruction, first.info) == ("do thing 0", {"task": "task_0", "scene": "", "domain": ""})
     assert first.source == "train, annotation 0, frames 5 to 9"
     for step, index in enumerate(range(5, 10)):
         frame = write_frame(tmp_path / "training", index)

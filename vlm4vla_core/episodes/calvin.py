@@ -140,7 +140,7 @@ class CalvinSource:
             action=numbers(read["rel_actions"], CALVIN.names, "rel_actions", f"{part / 'episode_*.npz'}, {where}"),
             split=split,
             source=where,
-            info={"task": annotation.task, "scene": annotation.scene},
+            info={"task": annotation.task, "scene": annotation.scene, "domain": annotation.scene},
             depth={camera: _millimetres(read[key]) for camera, key in depths.items()},
         )
 

@@ -7,6 +7,7 @@ from what is inside them.
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ def open_source(format: str, path: Path | str, **options: Any) -> Source:
     """
     if format not in FORMATS:
         raise InputError(f"unknown format '{format}'", fix=nearest(format, FORMATS))
-    module, _, function = FORMATS[format][0].partition(":")
-    opened: Source = getattr(import_module(f"vlm4vla_core.episodes.{module}"), function)(Path(path), **options)
+    module, _, name = FORMATS[format][0].partition(":")
+    function = getattr(import_module(f"vlm4vla_core.episodes.{module}"), name)
+    known = list(signature(function).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise InputError(f"{format} data have no option '{option}'", fix=nearest(option, known))
+    opened: Source = function(Path(path), **options)
     return opened
 
 
