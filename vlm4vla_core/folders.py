@@ -158,7 +158,8 @@ def write_manifest(
     """Write the manifest of a finished folder: what it is, how and from what it was made, and its files.
 
     config: the settings that decide the content. inputs: name -> fingerprint of what it was made from.
-    known: fingerprints of files that need not be hashed again. more: further JSON values (counts, convention, cost). Returns the manifest.
+    known: fingerprints of files that need not be hashed again. more: further JSON values (counts, convention, cost).
+    Returns the manifest.
     """
     files = {
         str(path.relative_to(folder)): {

@@ -306,6 +306,9 @@ def _finish(
     """Leave repeated episodes out, write the tables and the manifest, and put the store in its place."""
     store = job.partial / "store"
     parts = [Part(**record["part"]) for record in records.values()]
+    first = next((index for index, part in enumerate(parts) if part.rows), 0)
+    for unit, part in zip(units, parts, strict=True):
+        assemble.agree(unit.name, part, units[first].name, parts[first].declared)
     for index, gone in enumerate(assemble.repeated(parts, [unit.split for unit in units])):
         if gone:
             parts[index] = assemble.without(store, parts[index], gone)
