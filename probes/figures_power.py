@@ -48,8 +48,8 @@ def power_curves(ax: Axes, found: Plan, models: Sequence[int] = (6, 9, 20, 50)) 
     ax.set_ylim(0, 1.03)
     ax.set_ylabel("power")
     _episodes_axis(ax)
-    ax.legend(title="models", loc="upper left", fontsize=SMALL, title_fontsize=SMALL, handlelength=2.2, frameon=True,
-              framealpha=0.85, edgecolor="none", borderpad=0.2)  # fmt: skip
+    ax.legend(title="models", loc="lower right", ncols=2, fontsize=SMALL, title_fontsize=SMALL, handlelength=2.2,
+              frameon=True, framealpha=0.85, edgecolor="none", borderpad=0.2)  # fmt: skip
     ax.set_title(f"To show a true correlation of {found.rho:+g}".replace("-", "−"))
 
 
