@@ -77,8 +77,9 @@ class PolicyConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} '{getattr(self, name)}'", fix=nearest(getattr(self, name), known))
-        if self.chunk < 1:
-            raise InputError(f"a chunk of {self.chunk} actions", fix="use at least 1")
+        for name in ("chunk", "flow_steps", "clip", "width"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"a policy's {name} cannot be {getattr(self, name)}", fix="use a positive number")
 
     def normalise(self, actions: np.ndarray) -> np.ndarray:
         """Actions (..., A) in real units -> targets in [-1, 1], float32; the gripper, last, is left alone."""
@@ -122,6 +123,8 @@ class VLAPolicy(nn.Module):
     def __init__(self, backbone: Backbone, config: PolicyConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone, self.config = backbone, config
+        if config.pad_to and backbone.options.query_place == "after_pads":
+            raise InputError("pad_to would put padding after a query that stands after the padding", fix="drop one")
         # Drawn apart from the backbone's weights, so that a run without a head starts from the same backbone.
         self.head = make_head(
             config.head, backbone.hidden_size * len(backbone.query), config.chunk, config.convention.size - 1,
