@@ -97,7 +97,7 @@ def homogeneity(
         per_task=named(alone),
         per_task_holm=named(corrected),
         per_task_permutation=named(per_task),
-        interaction=interaction(k, n, seed=seed) if known.sum() > 1 else None,
+        interaction=interaction(k, n, seed=seed),
     )
 
 
@@ -166,19 +166,25 @@ def _shuffled_within_states(outcomes: list[np.ndarray], seed: int) -> float:
 # --- models x tasks ----------------------------------------------------------------------------------------
 
 
-def interaction(successes: np.ndarray, episodes: np.ndarray, *, seed: int = 0, draws: int = 2_000) -> Interaction:
+def interaction(
+    successes: np.ndarray, episodes: np.ndarray, *, seed: int = 0, draws: int = 2_000
+) -> Interaction | None:
     """Likelihood-ratio test of the additive model on the logit scale against one rate per cell; (models, tasks) counts.
 
-    Tasks and models that always end alike tell nothing about it and carry no degrees of freedom.
+    Tasks and models that always end alike tell nothing about it and carry no degrees of freedom. None when fewer than
+    two of either are left.
     """
     from scipy.stats import chi2
 
     def varying(axis: int) -> np.ndarray:
-        total, most = successes.sum(axis=axis), episodes.sum(axis=axis)
-        return (total > 0) & (total < most)
+        return (k.sum(axis=axis) > 0) & (k.sum(axis=axis) < n.sum(axis=axis))
 
-    inside = np.ix_(varying(1), varying(0))
-    k, n = successes[inside], episodes[inside]
+    k, n = successes, episodes
+    while not (varying(0).all() and varying(1).all()):  # without a task, a model may always end alike in the rest
+        inside = np.ix_(varying(1), varying(0))
+        k, n = k[inside], n[inside]
+    if min(k.shape) < 2:
+        return None
     fitted, deviance = _additive(k[None], n)
     rng = np.random.default_rng(seed)
     again = rng.binomial(n.astype(np.int64), fitted[0], size=(draws, *n.shape)).astype(float)
