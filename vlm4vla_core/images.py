@@ -64,20 +64,19 @@ def decode(data: bytes | memoryview) -> np.ndarray:
 
 
 def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
-    """`decode` into an array that is there: uint8 (H, W, 3), contiguous.
+    """`decode` into an array that is there: uint8 (H, W, 3), contiguous. data: bytes or a view of unsigned bytes.
 
     Raises ValueError when the bytes are no whole image of that size.
     """
-    view = memoryview(data).cast("B")
-    if view[:2] != JPEG_MAGIC:
-        image = decode(view)
+    if data[:2] != JPEG_MAGIC:
+        image = decode(data)
         if image.shape != out.shape:
             raise ValueError(f"an image of {image.shape}, expected {out.shape}")
         out[:] = image
         return
     import simplejpeg
 
-    image = simplejpeg.decode_jpeg(view, colorspace="RGB", buffer=out.reshape(-1))  # ValueError when it does not fit
+    image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out.reshape(-1))  # ValueError when it does not fit
     if image.shape != out.shape:
         raise ValueError(f"an image of {image.shape}, expected {out.shape}")
 

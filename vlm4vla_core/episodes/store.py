@@ -12,8 +12,10 @@ Trap: images are JPEG and so not exactly what the source held, unless the source
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,7 +110,7 @@ class EpisodeStore:
         self.raw = manifest.get("images", {}).get("encoding") == "raw"
         names = manifest.get("shards") or sorted(name for name in manifest["files"] if name.startswith("steps-"))
         self._shards = [_open_shard(path / name) for name in names]
-        self._starts = np.cumsum([0, *(len(shard.table) for shard in self._shards)])  # (shards + 1,)
+        self._starts = [0, *accumulate(len(shard.table) for shard in self._shards)]  # a list: bisect beats searchsorted
 
     @classmethod
     def open(cls, path: Path | str, *, hashes: bool = False) -> EpisodeStore:
@@ -136,7 +138,7 @@ class EpisodeStore:
         return EpisodeStore.open, (self.path,)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __repr__(self) -> str:
         return f"EpisodeStore({str(self.path)!r}, {len(self.lengths)} episodes, {len(self)} steps)"
@@ -232,9 +234,9 @@ class EpisodeStore:
             raise InputError(what, where=self.path, fix=nearest(camera, declared))
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store with {len(self)} steps")
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
+        index = bisect_right(self._starts, row) - 1
         offsets, data = self._shards[index].frames[f"{kind}/{camera}"]
-        place = row - int(self._starts[index])
+        place = row - self._starts[index]
         return data[offsets[place] : offsets[place + 1]]
 
     def jpeg(self, camera: str, row: int) -> bytes:
