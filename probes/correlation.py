@@ -12,173 +12,25 @@ permuting within lineages does not find it, and the verdict says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probes import intervals
-from probes.jsonable import jsonable
-from probes.permutation import PermutationTest, permutation_test
-from probes.power import detectable_rho
-from probes.reliability import Homogeneity, Reliability, noise
+from probes import intervals, lineages
+from probes.attenuation import corrected
+from probes.mixed import opinion
+from probes.outlook import outlook
+from probes.pairs import Correlation, Equivalence, Estimate, Pair, Point
+from probes.permutation import PermutationTest, holm, permutation_test
+from probes.power import detectable_rho, equivalence_floor, equivalence_n
+from probes.reliability import noise
 from probes.scores import Scores, gather
-from probes.verdict import judge
+from probes.verdict import NEGLIGIBLE, judge
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.results import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One coefficient: r, permutation p (|r*| >= |r|), 95 % Fisher interval (Bonett-Wright for ranks), and BCa."""
-
-    r: float
-    p_exact: float
-    ci_fisher: Interval
-    ci_bca: Interval | None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model of a pair: its score, its value, and the value's 95 % interval where its episodes are known."""
-
-    model: str
-    lineage: str
-    x: float
-    y: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One capability score against one benchmark.
-
-    p_method: "exact" (all n! arrangements) or "monte-carlo"; p_stderr is the latter's own error, for Pearson's p.
-    p_holm, p_max_r: corrected over all pairs. p_within_lineage: only models of one lineage change places; None when no
-    two share one or none is stated. within_lineage: r inside every lineage of at least three models.
-    leave_one_out, leave_one_lineage_out: r without that model or lineage, None where it is undefined.
-    role: "primary", "exploratory", or empty when no primary pair was declared.
-    """
-
-    capability: str
-    benchmark: str
-    metric: str
-    role: str
-    points: tuple[Point, ...]
-    pearson: Estimate
-    spearman: Estimate
-    p_method: str
-    p_stderr: float
-    p_within_lineage: float | None
-    within_lineage: dict[str, dict[str, Any]]
-    leave_one_out: dict[str, float | None]
-    leave_one_lineage_out: dict[str, dict[str, Any]]
-    min_detectable_rho: float
-    p_holm: float
-    p_max_r: float
-    reliability: Reliability | None
-    homogeneity: Homogeneity | None
-    verdict: str = ""
-    why: str = ""
-
-    @property
-    def n(self) -> int:
-        return len(self.points)
-
-    @property
-    def lineages(self) -> tuple[str, ...]:
-        """The stated lineages, in order of first appearance."""
-        return tuple(dict.fromkeys(point.lineage for point in self.points if point.lineage))
-
-    def leave_one_out_range(self) -> tuple[tuple[str, float], tuple[str, float]] | None:
-        """((model, lowest r), (model, highest r)): whose absence moves r most either way."""
-        known = [(model, r) for model, r in self.leave_one_out.items() if r is not None]
-        return (min(known, key=lambda it: it[1]), max(known, key=lambda it: it[1])) if known else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what is not known for this pair is null."""
-        values = asdict(self)
-        values["n"] = self.n
-        best = self.reliability
-        values["ceiling"] = None
-        if best is not None:
-            values["ceiling"] = {
-                "pooled": best.pooled**0.5,
-                "stratified": None if best.stratified is None else best.stratified**0.5,
-            }
-        return values
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """All pairs, with the design they stand on. `unmatched`: models left out of some pair, and what they lack."""
-
-    pairs: tuple[Pair, ...]
-    models: tuple[str, ...]
-    lineages: dict[str, int]
-    benchmarks: dict[str, dict[str, Any]]
-    units: dict[str, str]
-    unmatched: dict[str, str]
-    not_stated: tuple[str, ...]
-    primary: str | None
-    seed: int
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per pair: r with its p values and intervals, extremes under leave-one-out, verdict, why."""
-        import pandas as pd
-
-        rows = []
-        for pair in self.pairs:
-            ends = pair.leave_one_out_range() or (("", np.nan), ("", np.nan))
-            rows.append(
-                {
-                    "capability": pair.capability,
-                    "benchmark": pair.benchmark,
-                    "n": pair.n,
-                    "pearson_r": pair.pearson.r,
-                    "low": pair.pearson.ci_fisher.low,
-                    "high": pair.pearson.ci_fisher.high,
-                    "p_exact": pair.pearson.p_exact,
-                    "p_max_r": pair.p_max_r,
-                    "p_holm": pair.p_holm,
-                    "p_within_lineage": np.nan if pair.p_within_lineage is None else pair.p_within_lineage,
-                    "spearman_r": pair.spearman.r,
-                    "spearman_p": pair.spearman.p_exact,
-                    "lowest_without": ends[0][0],
-                    "lowest_r": ends[0][1],
-                    "highest_without": ends[1][0],
-                    "highest_r": ends[1][1],
-                    "reliability": np.nan if pair.reliability is None else pair.reliability.best,
-                    "min_detectable_rho": pair.min_detectable_rho,
-                    "role": pair.role,
-                    "verdict": pair.verdict,
-                    "why": pair.why,
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON: design, unmatched models, and `pairs` with the fields of Pair."""
-        design = {
-            "models": list(self.models),
-            "lineages": self.lineages,
-            "benchmarks": self.benchmarks,
-            "units": self.units,
-            "not_stated": list(self.not_stated),
-        }
-        return jsonable(
-            {
-                "design": design,
-                "unmatched": self.unmatched,
-                "primary": self.primary,
-                "seed": self.seed,
-                "pairs": [pair.to_dict() for pair in self.pairs],
-            }
-        )
 
 
 def correlate(
@@ -225,6 +77,7 @@ def correlate(
         pair = replace(
             pair,
             role="" if chosen is None else "primary" if label == chosen else "exploratory",
+            arrangements_within_lineage=within[key][0].arrangements,
             pearson=replace(pair.pearson, p_exact=float(test.p[at])),
             spearman=replace(pair.spearman, p_exact=float(rank_test.p[rank_at])),
             p_method="exact" if test.exact else "monte-carlo",
@@ -235,7 +88,7 @@ def correlate(
         )
         verdict, why = judge(pair, len(members))
         pairs.append(replace(pair, verdict=verdict, why=why))
-    stated = [lineage for lineage in scores.lineages if lineage]
+    stated = [name for name in scores.lineages if name]
     return Correlation(
         pairs=tuple(pairs),
         models=scores.models,
@@ -260,12 +113,14 @@ def _describe(scores: Scores, key: tuple[int, int], rows: tuple[int, ...], seed:
     picked = list(rows)
     x, y = scores.x[picked, c], scores.y[picked, b]
     names = [scores.models[i] for i in picked]
-    lineages = np.array([scores.lineages[i] for i in picked], dtype=object)
+    kin = np.array([scores.lineages[i] for i in picked], dtype=object)
     n = len(x)
     known = noise(scores, b, picked, seed)
+    sure = known.reliability
     r = float(intervals.pearson(x, y))
     rank_r = float(intervals.pearson(rankdata(x), rankdata(y)))
-    stated = [name for name in dict.fromkeys(lineages) if name]
+    stated = [name for name in dict.fromkeys(kin) if name]
+    own = lineages.centred_test(x, y, kin.tolist(), seed=seed) if stated else None
     return Pair(
         capability=scores.capabilities[c],
         benchmark=scores.benchmarks[b],
@@ -273,7 +128,7 @@ def _describe(scores: Scores, key: tuple[int, int], rows: tuple[int, ...], seed:
         role="",
         points=tuple(
             Point(name, str(lineage), float(one), float(other), span)
-            for name, lineage, one, other, span in zip(names, lineages, x, y, known.intervals, strict=True)
+            for name, lineage, one, other, span in zip(names, kin, x, y, known.intervals, strict=True)
         ),
         pearson=Estimate(r, np.nan, intervals.fisher(r, n), intervals.bca(x, y, seed=seed)),
         spearman=Estimate(
@@ -282,22 +137,51 @@ def _describe(scores: Scores, key: tuple[int, int], rows: tuple[int, ...], seed:
         p_method="",
         p_stderr=np.nan,
         p_within_lineage=None,
+        arrangements_within_lineage=1,
         within_lineage={
-            name: {"r": _r(x[lineages == name], y[lineages == name]), "n": int((lineages == name).sum())}
+            name: {"r": _r(x[kin == name], y[kin == name]), "n": int((kin == name).sum())}
             for name in stated
-            if (lineages == name).sum() >= 3
+            if (kin == name).sum() >= 3
         },
         leave_one_out={name: _r(np.delete(x, i), np.delete(y, i)) for i, name in enumerate(names)},
         leave_one_lineage_out={
-            name: {"r": _r(x[lineages != name], y[lineages != name]), "n": int((lineages != name).sum())}
-            for name in stated
+            name: {"r": _r(x[kin != name], y[kin != name]), "n": int((kin != name).sum())} for name in stated
         },
         min_detectable_rho=detectable_rho(n),
         p_holm=np.nan,
         p_max_r=np.nan,
-        reliability=known.reliability,
+        within_lineage_centred=own,
+        false_alarms=lineages.false_alarms(kin.tolist()) if stated else None,
+        reliability=sure,
         homogeneity=known.homogeneity,
+        attenuated=corrected(
+            r,
+            n,
+            None if sure is None else sure.best,
+            _capability_reliability(x, scores.stderr[picked, c]),
+            source="" if sure is None else "pooled" if sure.stratified is None else "stratified",
+            seed=seed,
+        ),
+        mixed=opinion(scores, b, picked, x),
+        equivalence=Equivalence(
+            margin=NEGLIGIBLE,
+            p=intervals.equivalence_p(r, n, NEGLIGIBLE),
+            n_for_80_power=equivalence_n(NEGLIGIBLE),
+            cannot_succeed_below=equivalence_floor(NEGLIGIBLE),
+        ),
+        power=outlook(n, None if sure is None else sure.best, _mean(known.episodes)),
     )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if np.isfinite(values).all() else None
+
+
+def _capability_reliability(x: np.ndarray, stderr: np.ndarray) -> float | None:
+    """1 - mean sampling variance / variance of the scores, when every model's standard error is stated."""
+    if not np.isfinite(stderr).all():
+        return None
+    return max(0.0, float(1 - (stderr**2).mean() / x.var(ddof=1)))
 
 
 def _r(x: np.ndarray, y: np.ndarray) -> float | None:
@@ -332,34 +216,16 @@ def _tests(
         x, y = scores.x[np.ix_(picked, cs)], scores.y[np.ix_(picked, bs)]
         if ranks:
             x, y = rankdata(x, axis=0, nan_policy="omit"), rankdata(y, axis=0, nan_policy="omit")
-        blocks = _blocks([scores.lineages[i] for i in picked]) if within else None
+        blocks = lineages.blocks([scores.lineages[i] for i in picked]) if within else None
         test = permutation_test(x, y, blocks=blocks, seed=seed)
         for c, b in keys:
             located[c, b] = (test, (cs.index(c), bs.index(b)))
     return located
 
 
-def _blocks(lineages: Sequence[str]) -> list[list[int]]:
-    """Rows of one lineage together; a model without a stated lineage stays where it is."""
-    groups: dict[Any, list[int]] = {}
-    for row, lineage in enumerate(lineages):
-        groups.setdefault(lineage or row, []).append(row)
-    return list(groups.values())
-
-
 def _within_p(located: Located) -> float | None:
     test, at = located
     return float(test.p[at]) if test.arrangements > 1 else None
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979), in the order given."""
-    values = np.asarray(p, dtype=float)
-    order = np.argsort(values, kind="stable")
-    adjusted = np.minimum(1.0, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
-    out = np.empty_like(values)
-    out[order] = adjusted
-    return out.tolist()
 
 
 # --- checks and plain values ------------------------------------------------------------------------------

@@ -90,11 +90,16 @@ def _panel(ax: Axes, pair: Pair, marks: dict[str, Mark]) -> list[tuple[np.ndarra
     ax.fill_between(at, line - half, line + half, color=MUTED, alpha=0.12, linewidth=0, zorder=1)
     ax.plot(at, line, color=INK, linewidth=1.2, linestyle="-" if found else (0, (4, 2.5)), zorder=2)
     lines, without = [(at, line)], _most_telling(pair)
-    if without is not None:
-        keep = np.array([point.model != without for point in pair.points])
+    for point in pair.points:
+        keep = np.array([other.model != point.model for other in pair.points])
+        if np.ptp(x[keep]) == 0:
+            continue
         other = least_squares(x[keep], y[keep], at)[0]
-        ax.plot(at, other, color=INK, linewidth=0.9, linestyle=":", zorder=2)
-        lines.append((at, other))
+        if point.model == without:
+            ax.plot(at, other, color=INK, linewidth=0.9, linestyle=":", zorder=2)
+            lines.append((at, other))
+        else:
+            ax.plot(at, other, color=MUTED, linewidth=0.4, alpha=0.45, zorder=1.5)
     for point in pair.points:
         mark = marks[point.lineage]
         if point.interval is not None:
@@ -130,6 +135,9 @@ def _heading(pair: Pair, room: int) -> list[tuple[str, str, str]]:
     if without is not None:
         influence = f"without {_short(without)} r {_signed(pair.leave_one_out[without])}"
         numbers[1:] = [both] if len(both := f"{numbers[1]}; {influence}") <= room else [numbers[1], influence]
+    known = pair.reliability
+    if known is not None:
+        numbers.append(f"reliability {known.best:.2f}: expect |r| {known.best**0.5:.2f} at most")
     verdict = textwrap.wrap(pair.verdict + (f" ({pair.role})" if pair.role else ""), room)
     return [*((line, MUTED, "normal") for line in numbers), *((line, INK, "italic") for line in verdict)]
 
@@ -162,14 +170,20 @@ def _legend(fig: Figure, marks: dict[str, Mark], width: float) -> None:
         Line2D([], [], color=mark.colour, marker=mark.marker, linestyle="none", label=name or "lineage not stated")
         for name, mark in marks.items()
     ]
+    narrow = width < 5
+    sampling, fit, without, others = (
+        ("95 % by episodes", "fit, 95 % band (solid: finding)", "fit without the one named", "fits without each other")
+        if narrow
+        else ("95 %, sampling of episodes only", "fit, 95 % band (solid: a finding)", "fit without the model named",
+              "fits without each other model")
+    )  # fmt: skip
     keys += [
-        Line2D(
-            [], [], color=MUTED, marker="|", markersize=8, linestyle="none", label="95 %, sampling of episodes only"
-        ),
-        Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (4, 2.5)), label="fit, 95 % band (solid: a finding)"),
-        Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="fit without the model named"),
+        Line2D([], [], color=MUTED, marker="|", markersize=8, linestyle="none", label=sampling),
+        Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (4, 2.5)), label=fit),
+        Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label=without),
+        Line2D([], [], color=MUTED, linewidth=0.6, alpha=0.7, label=others),
     ]
-    columns = 2 if width < 5 else len(keys) if len(keys) <= 6 else ceil(len(keys) / 2)
+    columns = 2 if narrow else len(keys) if len(keys) <= 6 else ceil(len(keys) / 2)
     fig.legend(
         handles=keys, loc="outside upper left", ncols=columns, columnspacing=1.2, handletextpad=0.5, handlelength=1.8,
         fontsize=SMALL,

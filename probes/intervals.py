@@ -25,6 +25,16 @@ def fisher(r: float, n: int, level: float = 0.95, *, ranks: bool = False) -> Int
     return Interval(float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)))
 
 
+def equivalence_p(r: float, n: int, margin: float) -> float:
+    """p of two one-sided tests of |rho| >= margin on Fisher's z (Schuirmann 1987); below 0.05 exactly when the 90 %
+    Fisher interval lies within +-margin."""
+    from scipy.stats import norm
+
+    if n <= 3 or abs(r) >= 1:
+        return 1.0
+    return float(norm.sf((np.arctanh(margin) - abs(np.arctanh(r))) * np.sqrt(n - 3)))
+
+
 def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """r along the last axis; NaN where a side is constant. ddof cancels, so there is no convention to choose."""
     x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)

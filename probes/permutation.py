@@ -24,6 +24,9 @@ _CHUNK = factorial(8)
 class PermutationTest:
     """r, p, p_max, p_stderr: (score, benchmark) arrays. p_max: p of each |r| against the largest |r*| of all pairs.
 
+    Where pairs differ in their number of models, |r| is first put on the scale |z| sqrt(n - 3) of Fisher's z: otherwise
+    pairs of few models, whose |r*| is large by chance, would decide the maximum for everybody.
+
     exact: every arrangement was counted. Otherwise p has the Monte-Carlo standard error p_stderr (zero when exact).
     """
 
@@ -58,19 +61,19 @@ def permutation_test(
     known, values, squares = _moments(x)
     other = _moments(y)
     identity = np.arange(n)[None]
-    observed = np.abs(_correlations(identity, known, values, squares, other)[0])  # (scores, benchmarks)
-    threshold = observed - TOLERANCE
-    above, above_max = np.zeros(observed.shape, np.int64), np.zeros(observed.shape, np.int64)
+    signed = _correlations(identity, known, values, squares, other)[0][0]
+    threshold = np.abs(signed) - TOLERANCE  # (scores, benchmarks)
+    goal = _comparable(*_correlations(identity, known, values, squares, other))[0] - TOLERANCE
+    above, above_max = np.zeros(signed.shape, np.int64), np.zeros(signed.shape, np.int64)
     source = _every(n, groups, total) if exact else _drawn(n, groups, draws, np.random.default_rng(seed))
     for arrangements in source:
-        r = np.abs(_correlations(arrangements, known, values, squares, other))  # (chunk, scores, benchmarks)
-        above += (r >= threshold).sum(axis=0)
-        above_max += (r.max(axis=(1, 2))[:, None, None] >= threshold).sum(axis=0)
-    count = total if exact else draws
-    p, p_max = ((hits + (not exact)) / (count + (not exact)) for hits in (above, above_max))
+        r, count = _correlations(arrangements, known, values, squares, other)  # (chunk, scores, benchmarks)
+        above += (np.abs(r) >= threshold).sum(axis=0)
+        above_max += (_comparable(r, count).max(axis=(1, 2))[:, None, None] >= goal).sum(axis=0)
+    tried = total if exact else draws
+    p, p_max = ((hits + (not exact)) / (tried + (not exact)) for hits in (above, above_max))
     stderr = np.zeros_like(p) if exact else np.sqrt(p * (1 - p) / draws)
-    signed = _correlations(identity, known, values, squares, other)[0]
-    return PermutationTest(signed, p, p_max, stderr, count, exact)
+    return PermutationTest(signed, p, p_max, stderr, tried, exact)
 
 
 def _moments(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,15 +86,26 @@ def _moments(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return known.astype(np.float64), values, values**2
 
 
+def _comparable(r: np.ndarray, count: np.ndarray | None) -> np.ndarray:
+    """|r|, or |z| sqrt(n - 3) when the pairs' n differ; (chunk, scores, benchmarks)."""
+    if count is None:
+        return np.abs(r)
+    return np.arctanh(np.minimum(np.abs(r), 1 - 1e-9)) * np.sqrt(np.maximum(count - 3, 0.0))
+
+
 def _correlations(
     arrangements: np.ndarray, known: np.ndarray, values: np.ndarray, squares: np.ndarray, other: tuple
-) -> np.ndarray:
-    """r of each arrangement of x's rows, over the rows known on both sides: (chunk, scores, benchmarks)."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """r of each arrangement of x's rows over the rows known on both sides, and their number where it varies.
+
+    Both (chunk, scores, benchmarks).
+    """
     y_known, y, y_squares = other
     if known.all() and y_known.all() and squares.any(axis=0).all() and y_squares.any(axis=0).all():
         # Nothing missing, nothing constant: the moments are those of the standardised columns, 0 and 1.
-        return np.stack([values[arrangements, score] @ y for score in range(values.shape[1])], axis=1) / len(y)
+        return np.stack([values[arrangements, score] @ y for score in range(values.shape[1])], axis=1) / len(y), None
     out = np.empty((len(arrangements), values.shape[1], y.shape[1]))
+    counts = np.empty_like(out)
     for score in range(values.shape[1]):
         m, x, x2 = known[arrangements, score], values[arrangements, score], squares[arrangements, score]  # (chunk, n)
         count = np.maximum(m @ y_known, 1.0)  # (chunk, benchmarks)
@@ -101,7 +115,8 @@ def _correlations(
         # Fewer than three common rows, or a constant column among them: no correlation, so it counts as zero.
         defined = (count > 2.5) & (spread > 1e-18)
         out[:, score] = np.where(defined, covariance / np.sqrt(np.where(defined, spread, 1.0)), 0.0)
-    return out
+        counts[:, score] = count
+    return out, counts
 
 
 def _every(n: int, groups: list[np.ndarray], total: int) -> Iterator[np.ndarray]:
@@ -130,3 +145,13 @@ def permutation_table(n: int) -> np.ndarray:
     for number in range(n):
         table = np.concatenate([np.insert(table, place, number, axis=1) for place in range(number + 1)])
     return table
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979), in the order given."""
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.minimum(1.0, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
+    out = np.empty_like(values)
+    out[order] = adjusted
+    return out.tolist()

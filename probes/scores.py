@@ -8,7 +8,7 @@ metric names are held against the values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskCounts:
-    """Outcomes below one benchmark: successes and episodes, (models, tasks), NaN where unknown."""
+    """Outcomes below one benchmark: successes and episodes, (models, tasks), NaN where unknown.
+
+    states: a (models, initial states, repeats) table of outcomes (1, 0) per task, NaN where a model did not run a state
+    as often as the others; None when the rows name no initial states.
+    """
 
     tasks: tuple[str, ...]
     successes: np.ndarray
     episodes: np.ndarray
+    states: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """x: (models, capabilities), y, successes, episodes: (models, benchmarks); NaN where unknown.
+    """x, stderr: (models, capabilities), y, successes, episodes: (models, benchmarks); NaN where unknown.
 
     lineages: one per model, empty where not stated. step_rates: benchmark -> (models, 5), the share of chains with at
     least k tasks done. unmatched: model -> what it lacks.
@@ -42,6 +47,7 @@ class Scores:
     capabilities: tuple[str, ...]
     benchmarks: tuple[str, ...]
     x: np.ndarray
+    stderr: np.ndarray
     y: np.ndarray
     successes: np.ndarray
     episodes: np.ndarray
@@ -100,13 +106,16 @@ def gather(
             where=names[2],
             fix="the two name their benchmarks alike",
         )
-    x = _grid(scores, both, capabilities)("score")
+    _check_totals(counts, both, benchmarks, (y, successes, number), metrics, names, episodes is not None)
+    grid_x = _grid(scores, both, capabilities)
+    x = grid_x("score")
     return Scores(
         models=tuple(both),
         lineages=_lineages(scores, totals, both, names),
         capabilities=capabilities,
         benchmarks=benchmarks,
         x=x,
+        stderr=grid_x("stderr"),
         y=y,
         successes=successes,
         episodes=number,
@@ -205,6 +214,49 @@ def _check_counts(totals: pd.DataFrame, where: str) -> None:
             )
 
 
+def _check_totals(
+    counts: dict[str, TaskCounts],
+    models: list[str],
+    benchmarks: tuple[str, ...],
+    totals: tuple[np.ndarray, np.ndarray, np.ndarray],
+    metrics: dict[str, str],
+    names: tuple[str, str, str],
+    from_episodes: bool,
+) -> None:
+    """A total and what stands below it tell one story: the same counts, or at least the same success rate."""
+    values, successes, episodes = totals
+    below = names[2] if from_episodes else f"its tasks in {names[1]}"
+    for b, benchmark in enumerate(benchmarks):
+        if benchmark not in counts:
+            continue
+        for model, k, n, place in zip(
+            models, counts[benchmark].successes, counts[benchmark].episodes, range(len(models)), strict=True
+        ):
+            if not np.isfinite(n).any():
+                continue
+            done, number = int(np.nansum(k)), int(np.nansum(n))
+            said, of = successes[place, b], episodes[place, b]
+            apart = (np.isfinite(said) and said != done) or (np.isfinite(of) and of != number)
+            whole = from_episodes or (np.isfinite(k).all() and of == number)  # a table may list some tasks only
+            if apart and whole:
+                stated = f"{said:g} successes" if np.isfinite(said) else "a total"
+                stated += f" of {of:g} episodes" if np.isfinite(of) else ""
+                raise InputError(
+                    f"{model} on {benchmark}: {stated} in {names[1]}, but {done} of {number} in {below}",
+                    where=f"{names[1]}, {below}",
+                    fix="correct one of the two, or leave the counts of the total empty",
+                )
+            rate = np.array([done / number, np.nanmean(k / n)])  # pooled, and the mean over tasks
+            gap = min(np.abs(values[place, b] - rate).min(), np.abs(values[place, b] / 100 - rate).min())
+            if from_episodes and metrics[benchmark] in ("success_pct", "success_rate") and gap > 0.01:
+                raise InputError(
+                    f"{model} on {benchmark}: {metrics[benchmark]} {values[place, b]:g} in {names[1]}, "
+                    f"but {done} of {number} episodes in {below}",
+                    where=f"{names[1]}, {below}",
+                    fix="give the results of one evaluation",
+                )
+
+
 # --- pieces of the join -----------------------------------------------------------------------------------
 
 
@@ -274,7 +326,28 @@ def _counts_by_task(episodes: pd.DataFrame, models: list[str], where: str) -> di
         rows[column] = rows[column].astype(str).str.strip()
     counts = rows.groupby(["model", "benchmark", "task"], sort=False)["success"].agg(successes="sum", episodes="size")
     counts = counts.reset_index()
-    return {str(name): _tabulate(rows, models) for name, rows in counts.groupby("benchmark", sort=False)}
+    tables = {str(name): _tabulate(group, models) for name, group in counts.groupby("benchmark", sort=False)}
+    state = next((column for column in ("env_seed", "episode") if column in rows and rows[column].notna().all()), None)
+    if state is None:
+        return tables
+    return {
+        name: replace(table, states=_by_state(rows[rows["benchmark"] == name], state, models, table.tasks))
+        for name, table in tables.items()
+    }
+
+
+def _by_state(rows: pd.DataFrame, state: str, models: list[str], tasks: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    """(models, states, repeats) outcomes of every task, NaN where a model's repeats are fewer than the most."""
+    tables = []
+    for task in tasks:
+        mine = rows[(rows["task"] == task) & rows["model"].isin(models)]
+        repeat = mine.groupby(["model", state]).cumcount()
+        states = {value: place for place, value in enumerate(sorted(mine[state].unique()))}
+        table = np.full((len(models), len(states), int(repeat.max()) + 1 if len(mine) else 1), np.nan)
+        at = mine["model"].map({name: place for place, name in enumerate(models)}), mine[state].map(states), repeat
+        table[tuple(place.to_numpy(int) for place in at)] = mine["success"].to_numpy(float)
+        tables.append(table)
+    return tuple(tables)
 
 
 def _tabulate(rows: pd.DataFrame, models: list[str]) -> TaskCounts:

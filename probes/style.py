@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlm4vla_core.errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-ONE_COLUMN, TWO_COLUMN = 3.5, 7.2  # inches: a journal's column, and its page
+ONE_COLUMN, TWO_COLUMN = 3.3, 7.2  # inches: a journal's column, and its page
 
 # Okabe and Ito (2008), apart under all three kinds of dichromacy; their yellow is left out, too pale for thin lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
@@ -130,26 +132,46 @@ def lineage_marks(lineages: Iterable[str]) -> dict[str, Mark]:
     return {**marks, "": UNSTATED}
 
 
+def check_plot(path: Path | None) -> None:
+    """Raise InputError for a --plot that is no .png, .svg or .pdf, before the work and not after it."""
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"a plot is .png, .svg or .pdf, not '{path.suffix}'", where=path)
+
+
+def save_plot(fig: Figure, path: Path) -> tuple[Path, ...]:
+    """Write what --plot names: .png and .svg both, and .pdf too when the name ends so; returns the paths."""
+    if path.suffix == ".pdf":
+        return (_save(fig, path.with_suffix(""), "pdf", 220), *save_figure(fig, path.with_suffix("")))
+    return save_figure(fig, path.with_suffix(""))[::-1]
+
+
 def save_figure(fig: Figure, path_stem: Path | str, *, dpi: int = 220) -> tuple[Path, Path]:
     """Write `<path_stem>.svg` and `<path_stem>.png` without dates or random ids; returns both paths.
 
     The same figure gives the same bytes on the same machine. Each file is written beside its name and renamed, so
-    a killed run leaves no half figure. dpi: of the PNG (3.5 inches at 220 are 770 pixels).
+    a killed run leaves no half figure. dpi: of the PNG (3.3 inches at 220 are 726 pixels).
     """
+    return _save(fig, Path(path_stem), "svg", dpi), _save(fig, Path(path_stem), "png", dpi)
+
+
+# What each format would otherwise write of date, program and chance.
+_KEEP_OUT: dict[str, Any] = {
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
+def _save(fig: Figure, stem: Path, kind: str, dpi: int) -> Path:
     import matplotlib as mpl
 
-    stem = Path(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    keep_out = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
-    written = []
-    for kind, metadata in keep_out.items():
-        path = stem.with_name(f"{stem.name}.{kind}")
-        temporary = stem.with_name(f".{stem.name}.{os.getpid()}.{kind}")
-        try:
-            with mpl.rc_context(RC):
-                fig.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append(path)
-    return written[0], written[1]
+    path = stem.with_name(f"{stem.name}.{kind}")
+    temporary = stem.with_name(f".{stem.name}.{os.getpid()}.{kind}")
+    try:
+        with mpl.rc_context(RC):
+            fig.savefig(temporary, format=kind, dpi=dpi, metadata=_KEEP_OUT[kind])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,9 +1,10 @@
 """One verdict per pair, and the sentence that says why.
 
-`positive` / `negative` need all of: p below 0.05 with every pair counted (max-|r|), a Fisher interval without zero, and
-a sign that no single model turns. When exchanging models within lineages does as much, it is a contrast between
-lineages and is called that. `practically none` takes an equivalence test. The rest is `undetermined`: an answer, not a
-failure, and never "no correlation".
+`positive` / `negative` need all of: five models, p below 0.05 with every pair counted (max-|r|), a Fisher interval
+without zero, and a sign that no single model turns, nor any lineage whose absence leaves five. (Of four models every
+arrangement is 4 % of all, and leaving one out leaves a triangle.) When exchanging models within lineages does as much,
+it is a contrast between lineages and is called that. `practically none` takes an equivalence test. The rest is
+`undetermined`: an answer, not a failure, and never "no correlation".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05
 NEGLIGIBLE = 0.3  # |rho| below this is "practically none"
+FEWEST = 5  # models, in all or left by leaving a lineage out, below which nothing is concluded from r
 POOR = 0.7  # a reliability below this is mentioned
 
 
@@ -27,16 +29,18 @@ def judge(pair: Pair, family: int) -> tuple[str, str]:
     doubts = _doubts(pair, family)
     if not doubts:
         return _found(pair, estimate, family)
-    narrow = intervals.fisher(r, pair.n, 0.90)
-    if max(-narrow.low, narrow.high) < NEGLIGIBLE:
+    if pair.equivalence.p < ALPHA:
+        narrow = intervals.fisher(r, pair.n, 0.90)
         inside = f"its 90 % interval, {narrow.low:+.2f} to {narrow.high:+.2f}, lies within ±{NEGLIGIBLE:g}"
-        return "practically none", f"{estimate}: {inside} (equivalence test)"
+        return "practically none", f"{estimate}: {inside} (equivalence test, p {_p(pair.equivalence.p)})"
     return "undetermined", f"{estimate}: {', '.join(doubts)}{_poor_benchmark(pair)}"
 
 
 def _doubts(pair: Pair, family: int) -> list[str]:
     r, span = pair.pearson.r, pair.pearson.ci_fisher
     doubts = []
+    if pair.n < FEWEST:
+        doubts.append(f"{pair.n} models are too few for a verdict")
     if span.low <= 0 <= span.high:
         doubts.append("the interval holds zero")
     if pair.p_max_r >= ALPHA:
@@ -47,7 +51,17 @@ def _doubts(pair: Pair, family: int) -> list[str]:
     elif turning:
         others = f" or {len(turning) - 3} others" if len(turning) > 3 else ""
         doubts.append(f"the sign turns without {' or '.join(turning[:3])}{others}")
+    left = {name: cell for name, cell in pair.leave_one_lineage_out.items() if cell["r"] is not None}
+    for name, cell in left.items():
+        if cell["n"] >= FEWEST and cell["r"] * r < 0 and name not in _alone(pair):
+            doubts.append(f"the sign turns without the {name} lineage (n {cell['n']})")
     return doubts
+
+
+def _alone(pair: Pair) -> set[str]:
+    """Lineages of one model: leaving them out is leaving that model out, which is told already."""
+    kin = [point.lineage for point in pair.points]
+    return {name for name in kin if kin.count(name) == 1}
 
 
 def _poor_benchmark(pair: Pair) -> str:
@@ -75,8 +89,8 @@ def _found(pair: Pair, estimate: str, family: int) -> tuple[str, str]:
         doubt = "But no two models share a lineage, so nothing is known within one"
     else:
         doubt = (
-            f"But exchanging models within their lineages does as much with p {_p(pair.p_within_lineage)}: "
-            f"this is a contrast of {len(pair.lineages)} lineages"
+            f"But exchanging models within their lineages does as much with p {_p(pair.p_within_lineage)}"
+            f"{_centred(pair)}: this is a contrast of {len(pair.lineages)} lineages"
         )
     inside = "".join(
         f"; within {name} r is {cell['r']:+.2f} (n {cell['n']})"
@@ -84,6 +98,11 @@ def _found(pair: Pair, estimate: str, family: int) -> tuple[str, str]:
         if cell["r"] is not None
     )
     return f"{sign} between lineages, undetermined within", f"{firm}. {doubt}{inside}"
+
+
+def _centred(pair: Pair) -> str:
+    own = pair.within_lineage_centred
+    return "" if own is None else f" (p {_p(own.p)} with each lineage's mean taken out)"
 
 
 def _p(p: float) -> str:

@@ -76,3 +76,29 @@ BRIDGE = ActionConvention(
 )
 
 TABLETOP = replace(BRIDGE, frame="table, x to the right, y away from the camera, z up")
+
+CALVIN = ActionConvention(
+    names=_POSE,
+    units=("1",) * 7,
+    frame="world, Franka Panda of calvin_env",
+    rotation="euler_xyz",
+    relative=True,
+    gripper_open=1.0,
+    gripper_closed=-1.0,
+    control_hz=30.0,
+    scaling="1 is 0.02 m or 0.05 rad per step, clipped to [-1, 1]",
+)
+
+LIBERO = ActionConvention(
+    names=("x", "y", "z", "rx", "ry", "rz", "gripper"),
+    units=("1",) * 7,
+    frame="robot base, Franka Panda of robosuite (OSC_POSE)",
+    rotation="axis_angle",
+    relative=True,
+    gripper_open=-1.0,
+    gripper_closed=1.0,
+    control_hz=20.0,
+    scaling="1 is 0.05 m or 0.5 rad per step, clipped to [-1, 1]",
+)
+
+FRACTAL = replace(BRIDGE, frame="robot base, Google robot", control_hz=3.0)

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlm4vla_core.errors import InputError
-from vlm4vla_core.families import FamilySpec, Geometry, family, family_of
+from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.families import FamilySpec, Geometry, family
+from vlm4vla_core.options import BackboneOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
 MAX_TEXT_TOKENS = 512
 MAX_LAYOUTS = 4096  # of text, image and padding, whose positions are remembered
 IGNORE = -100
+PARTS = ("vision", "projector", "decoder")
 
 
 class Backbone(nn.Module):
     """A headless VLM, its tokenizer and the action query.
 
-    base: what `AutoModel` gives. image_size: pixels per side of a square image. query: (n_queries, D) fp32.
-    padding: "right" (default) or "left"; the query stands right after the last real token either way.
+    base: what `AutoModel` gives. image_size: pixels per side of the square images that go in (geometry.size: of what
+    the model sees, after `options.upscale`). query: (n_queries, D) fp32. padding: "right" (default) or "left"; the
+    query stands right after the last real token either way, unless the options say otherwise.
     lm_head: (V, D) output layer of an untied model, when it was loaded. lineage: where the weights come from.
     """
 
@@ -48,33 +51,49 @@ class Backbone(nn.Module):
         base: Any,
         tokenizer: PreTrainedTokenizerBase,
         spec: FamilySpec,
-        image_size: int,
+        image_size: int | None = None,
         *,
-        n_queries: int = 1,
+        options: BackboneOptions | None = None,
         seed: int = 0,
         padding: str = "right",
         lm_head: Tensor | None = None,
         lineage: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.base, self.tokenizer, self.spec, self.image_size, self.padding = base, tokenizer, spec, image_size, padding
-        self.geometry: Geometry = spec.geometry(base.config, image_size)
+        self.base, self.tokenizer, self.spec, self.padding = base, tokenizer, spec, padding
+        self.options = options = options or BackboneOptions()
+        self.image_size: int = image_size or options.image_size or spec.native_size(base.config)
+        seen = self.image_size * (spec.upscale if options.upscale else 1)
+        self.geometry: Geometry = spec.geometry(base.config, seen)
+        self.prompt = spec.prompts[options.prompt]
         self.lineage = dict(lineage or {})
         self.image_id, self.query_id, self.end_id = (
             _token_id(tokenizer, token) for token in (spec.image_token, spec.query_token, spec.answer_end)
         )
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
+        self.reserved = {*tokenizer.all_special_ids, self.image_id, self.query_id, self.end_id}
         words = base.get_submodule(spec.embeddings)
-        if max(self.image_id, self.query_id) >= words.num_embeddings:
+        if self.query_id >= words.num_embeddings:
             raise InputError(f"the query token's id {self.query_id} lies outside the {words.num_embeddings} word rows")
         # As long as a typical word, so that the first layer's norm sees nothing unusual; drawn apart from all else.
-        scale = words.weight.detach().float().pow(2).mean().sqrt()
-        noise = torch.randn(n_queries, words.embedding_dim, generator=torch.Generator().manual_seed(seed + 7919))
-        self.query = nn.Parameter((noise * scale.cpu()).to(words.weight.device))
+        scale = words.weight.detach().float().pow(2).mean().sqrt().cpu() * self.embed_scale
+        noise = torch.randn(
+            options.n_queries, words.embedding_dim, generator=torch.Generator().manual_seed(seed + 7919)
+        )
+        self.query = nn.Parameter((noise * (scale if options.query_init == "scaled" else 0)).to(words.weight.device))
         self.lm_head = None if lm_head is None else nn.Parameter(lm_head)
         words.register_forward_hook(self._put_query)
+        if not options.dropout:
+            _switch_off_dropout(base)
         self._encode = lru_cache(maxsize=4096)(self._encode_text)
         self._positions: dict[bytes, Tensor] = {}
+
+    @property
+    def embed_scale(self) -> float:
+        """What the word embedding layer multiplies its rows by, and the hook's query is not."""
+        if self.spec.embed_scale != "inside":
+            return 1.0
+        return float(self.base.get_submodule(self.spec.embeddings).embedding_dim ** 0.5)
 
     @property
     def hidden_size(self) -> int:
@@ -101,13 +120,13 @@ class Backbone(nn.Module):
         if not text.strip():
             raise InputError("empty instruction", fix="every image needs a text")
         own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if reserved := sorted(set(own) & set(self.tokenizer.all_special_ids)):
+        if reserved := sorted(set(own) & self.reserved):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(reserved))
             raise InputError(f"the text contains reserved tokens ({names})", where=text[:80], fix="remove them")
         if len(own) > MAX_TEXT_TOKENS:
             raise InputError(f"a text of {len(own)} tokens, at most {MAX_TEXT_TOKENS} are allowed", where=text[:80])
         image = self.spec.image_token * self.geometry.tokens
-        prompt = self.spec.prompt.replace("{image}", image).replace("{text}", question.replace("{instruction}", text))
+        prompt = self.prompt.text.replace("{image}", image).replace("{text}", question.replace("{instruction}", text))
         return tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     def collate(self, images: np.ndarray, texts: Sequence[str], *, query: bool = True) -> dict[str, Tensor]:
@@ -118,10 +137,8 @@ class Backbone(nn.Module):
         Returns input_ids, attention_mask, position_ids, images and the family's extra inputs.
         Raises InputError on wrong images, on counts that differ, and on empty, overlong or reserved texts.
         """
-        question = self.spec.action_question if query else "{instruction}"
-        tail = [self.query_id] * len(self.query) if query else []
-        rows = [[*self._encode(text, question), *tail] for text in texts]
-        return self._batch(images, rows)
+        question = self.prompt.question if query else "{instruction}"
+        return self._batch(images, [list(self._encode(text, question)) for text in texts], query=query)
 
     def collate_answers(
         self, images: np.ndarray, questions: Sequence[str], answers: Sequence[str]
@@ -129,13 +146,14 @@ class Backbone(nn.Module):
         """As `collate`, with each answer appended and `labels` (B, L), IGNORE outside the answers."""
         if len(questions) != len(answers):
             raise InputError(f"{len(questions)} questions but {len(answers)} answers")
-        rows, labels = [], []
+        rows, labels, starts = [], [], []
         for question, answer in zip(questions, answers, strict=True):
             prompt = list(self._encode(question, "{instruction}"))
             tail = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end_id]
             rows.append(prompt + tail)
             labels.append([IGNORE] * len(prompt) + tail)
-        batch = self._batch(images, rows)
+            starts.append(len(prompt))
+        batch = self._batch(images, rows, starts=starts)
         batch["labels"] = self._pad(labels, IGNORE)
         return batch
 
@@ -147,7 +165,10 @@ class Backbone(nn.Module):
             out[index, start : start + len(row)] = torch.tensor(row)
         return out
 
-    def _batch(self, images: np.ndarray, rows: list[list[int]]) -> dict[str, Tensor]:
+    def _batch(
+        self, images: np.ndarray, rows: list[list[int]], *, query: bool = False, starts: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Pad and add what the family needs. query: append the action query. starts: where each row's suffix begins."""
         from vlm4vla_core import images as pictures
 
         if len(images) != len(rows) or not rows:
@@ -156,14 +177,40 @@ class Backbone(nn.Module):
             pixels = pictures.resize(np.asarray(images), self.image_size)
         except ValueError as error:
             raise InputError(str(error)) from None
-        ids = self._pad(rows, self.pad_id)
-        mask = self._pad([[1] * len(row) for row in rows], 0)
-        batch = {"input_ids": ids, "attention_mask": mask, **self.spec.token_inputs(ids, self.image_id)}
-        batch["position_ids"] = self._position_ids(batch)
+        pixels = pictures.resize(pixels, self.geometry.size)  # in two steps, as the authors' processors
+        tail = [self.query_id] * len(self.query) if query else []
+        early = tail if self.options.query_place == "before_pads" else []
+        parts = [[*row, *early] for row in rows]
+        ends = [len(row) if starts is None else starts[index] for index, row in enumerate(rows)]
+        ids = self._pad(parts, self.pad_id)
+        mask = self._pad([[1] * len(row) for row in parts], 0)
+        suffix = self._pad([[0] * end + [1] * (len(row) - end) for row, end in zip(parts, ends, strict=True)], 0)
+        if tail and not early:
+            late = torch.tensor(tail).expand(len(rows), -1)
+            ids, mask, suffix = (torch.cat(pair, 1) for pair in ((ids, late), (mask, late > -1), (suffix, late > -1)))
+        if query and self.options.query_role == "prefix":
+            suffix = torch.zeros_like(suffix)
+        image = ids == self.image_id
+        if self.spec.image_ids:
+            ids[image] = torch.tensor(self.spec.image_ids(self.tokenizer, self.geometry.tokens) * len(rows))
+        batch = {"input_ids": ids, "attention_mask": mask, **self.spec.token_inputs(image, suffix.bool())}
+        batch |= self._position_ids(batch)
         batch["images"] = torch.from_numpy(np.ascontiguousarray(pixels))
         return batch
 
-    def _position_ids(self, batch: dict[str, Tensor]) -> Tensor:
+    def _position_ids(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Positions (B, L), or (3, B, L) for multimodal ones; nothing where the model counts ids by itself."""
+        kind, plain = self.spec.positions, self.options.positions == "arange"
+        mask = batch["attention_mask"]
+        count = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+        column = torch.arange(mask.shape[1]).expand_as(mask)
+        if kind == "mrope":
+            return {"position_ids": count.expand(3, -1, -1) if plain else self._rope_index(batch)}
+        if kind == "ids":
+            return {"position_ids": column + self.pad_id + 1} if plain else {}
+        return {"position_ids": (column if plain else count) + (kind == "count1")}
+
+    def _rope_index(self, batch: dict[str, Tensor]) -> Tensor:
         """Multimodal positions (3, B, L) from the model's own rule, once per layout of text, image and padding.
 
         The rule loops over the batch with host synchronisation, so it runs here and never inside `forward`.
@@ -188,18 +235,19 @@ class Backbone(nn.Module):
     # --- forward
 
     def pixels(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, H, W, 3) on any device -> the family's normalised and cut pixel inputs, in fp32."""
+        """uint8 (B, H, W, 3) on any device -> the family's normalised and cut pixel inputs, in the base's dtype."""
         mean = torch.tensor(self.spec.mean, device=images.device).view(1, 3, 1, 1)
         std = torch.tensor(self.spec.std, device=images.device).view(1, 3, 1, 1)
         x = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std  # (B, 3, H, W)
-        return self.spec.pixel_inputs(x, self.geometry)
+        return self.spec.pixel_inputs(x.to(self.base.dtype), self.geometry)
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, L, D) of a collated batch, after the last norm.
 
         Raises ValueError when an input is missing that the family would silently do without.
         """
-        needed = ("input_ids", "attention_mask", "position_ids", *self.spec.extra_inputs)
+        positions = () if self.spec.positions == "ids" else ("position_ids",)
+        needed = ("input_ids", "attention_mask", *positions, *self.spec.extra_inputs)
         if missing := [name for name in needed if name not in batch]:
             raise ValueError(f"{self.spec.name} needs {', '.join(missing)} in the batch and would be wrong without")
         inputs = {name: batch[name].to(self.device) for name in batch if name not in ("images", "labels")}
@@ -230,7 +278,10 @@ class Backbone(nn.Module):
         row, column = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
         states = self.hidden(batch)
         picked = states[row.to(states.device), column.to(states.device) - 1]  # the token before predicts
-        return picked.float() @ weight.float().T, batch["labels"][row, column].to(states.device)
+        logits = picked.float() @ weight.float().T
+        if cap := getattr(self.base.config.get_text_config(), "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap  # Gemma 2
+        return logits, batch["labels"][row, column].to(states.device)
 
     def language_loss(self, images: np.ndarray, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Next-token loss on the answers: a scalar, mean cross-entropy (nats) over all answer tokens."""
@@ -243,15 +294,17 @@ class Backbone(nn.Module):
         """Features of the vision tower, in raster order, in the base's dtype; gradients flow unless switched off.
 
         images: uint8 (B, H, W, 3). Returns "vision.0"… (B, grid², C), the output of each block, and "projector"
-        (B, tokens, D), the image tokens that the decoder reads.
+        (B, tokens, D), the image tokens that the decoder reads (LLaVA-OneVision: those of the whole image; Kosmos-2:
+        latents, which lie on no grid).
         """
         from vlm4vla_core import images as pictures
 
         if isinstance(images, np.ndarray):
-            images = torch.from_numpy(np.ascontiguousarray(pictures.resize(images, self.image_size)))
+            images = pictures.resize(pictures.resize(images, self.image_size), self.geometry.size)
+            images = torch.from_numpy(np.ascontiguousarray(images))
         blocks = self.base.get_submodule(self.spec.blocks)
         taps = {f"vision.{index}": block for index, block in enumerate(blocks)}
-        taps["projector"] = self.base.get_submodule(self.spec.projector)
+        taps["projector"] = self.base.get_submodule(self.spec.projector[0])
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
@@ -293,11 +346,12 @@ class Backbone(nn.Module):
         return {
             "family": self.spec.name,
             "image_size": self.image_size,
+            "options": self.options.to_dict(),
             "n_queries": len(self.query),
             "padding": self.padding,
             "untied_head": self.lm_head is not None,
             "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
-            "attention": self.base.config._attn_implementation,
+            "attention": _attention(self.base.config),
             "lineage": self.lineage,
             "model": config,
         }
@@ -323,10 +377,28 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return int(index)
 
 
+def _attention(config: Any) -> str | dict[str, str]:
+    """The attention implementations in use: one name, or one per part where they differ."""
+    parts = {name: getattr(config, name, None) for name in ("text_config", "vision_config")}
+    names = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return names if len(set(names.values())) > 1 else str(config._attn_implementation)
+
+
+def _switch_off_dropout(base: nn.Module) -> None:
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 # --- making backbones -----------------------------------------------------------------------------------
 
 
-def tiny(name: str = "qwen2_5_vl", *, seed: int = 0, image_size: int = 112) -> Backbone:
+def tiny(
+    name: str = "qwen2_5_vl", *, seed: int = 0, image_size: int = 112, options: BackboneOptions | None = None
+) -> Backbone:
     """A tiny, randomly initialised member of a family's real class, with an offline tokenizer, on the CPU in fp32.
 
     The same seed gives the same weights; torch's global random state is left alone. Raises InputError on an
@@ -334,9 +406,12 @@ def tiny(name: str = "qwen2_5_vl", *, seed: int = 0, image_size: int = 112) -> B
     """
     from vlm4vla_core.tiny import tiny_base, tiny_tokenizer
 
-    spec, tokenizer = family(name), tiny_tokenizer()
+    spec = family(name)
+    tokenizer = tiny_tokenizer(spec)
     lineage = {"source": f"tiny {name}", "init": "scratch", "init_seed": seed}
-    return Backbone(tiny_base(spec, tokenizer, seed), tokenizer, spec, image_size, seed=seed, lineage=lineage).eval()
+    seen = image_size * (spec.upscale if options and options.upscale else 1)
+    base = tiny_base(spec, tokenizer, seed, seen)
+    return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lineage=lineage).eval()
 
 
 def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Backbone:
@@ -353,6 +428,7 @@ def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, see
         from vlm4vla_core.tiny import initialise
 
         initialise(base, spec, torch.Generator().manual_seed(seed))
+    options = BackboneOptions.from_dict(description.get("options", {"n_queries": description["n_queries"]}))
     head = None
     if description["untied_head"]:
         head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
@@ -361,7 +437,7 @@ def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, see
         tokenizer,
         spec,
         description["image_size"],
-        n_queries=description["n_queries"],
+        options=options,
         seed=seed or 0,
         padding=description["padding"],
         lm_head=head,
@@ -382,33 +458,67 @@ def load_backbone(
     path: str | Path,
     *,
     init: str = "pretrained",
+    scratch: Sequence[str] = PARTS,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     attn: str | None = None,
     image_size: int | None = None,
     language_head: bool = False,
+    options: BackboneOptions | None = None,
 ) -> Backbone:
     """Load a VLM as a backbone: a Hugging Face folder or hub id, or a checkpoint or run folder of this project.
 
-    init: "pretrained", or "scratch" to draw all weights anew by the library's default, from `seed` (recorded).
-    dtype: of the base; fp32 (master weights), or the checkpoint's, when left out. attn: attention implementation; the
-    family's choice, or the checkpoint's, when left out. image_size: pixels per side; the family's (or the checkpoint's)
-    when left out. language_head: also load an untied output layer of a Hugging Face model, for `language_loss`; a
-    checkpoint of this project has it or has it not.
+    init: "pretrained", or "scratch" to draw weights anew by the library's default, from `seed` (recorded). scratch:
+    what is drawn anew, of "vision", "projector" and "decoder" (word embeddings and output layer included); the rest
+    stays as pretrained. dtype: of the base; fp32 (master weights), or the checkpoint's, when left out. attn: attention
+    implementation; the family's choice, or the checkpoint's, when left out. image_size: pixels per side; the model's
+    own (or the checkpoint's) when left out. language_head: also load an untied output layer of a Hugging Face model,
+    for `language_loss`; a checkpoint of this project has it or has it not. options: how the query enters; a checkpoint
+    of this project keeps its own.
     Raises InputError when the path cannot be had (offline, gated, missing shard), the family is unknown, a weight is
     missing or left over, or a weight is not finite.
     """
     from vlm4vla_core import checkpoint
-    from vlm4vla_core.hub import read_base
 
     if init not in ("pretrained", "scratch"):
         raise InputError(f"unknown init '{init}'", fix="use 'pretrained' or 'scratch'")
-    if checkpoint.looks_like_one(Path(path)):
-        return checkpoint.reload(Path(path), init=init, seed=seed, dtype=dtype, attn=attn, image_size=image_size)
+    if unknown := sorted(set(scratch) - set(PARTS)):
+        raise InputError(f"unknown part '{unknown[0]}' to draw anew", fix=nearest(unknown[0], PARTS))
+    own, parts = checkpoint.looks_like_one(Path(path)), sorted(set(scratch))
+    if own and options is not None:
+        raise InputError("a checkpoint of this project keeps its own options", where=path, fix="leave options out")
+
+    def read(init: str) -> Backbone:
+        if own:
+            return checkpoint.reload(Path(path), init=init, seed=seed, dtype=dtype, attn=attn, image_size=image_size)
+        return _from_hub(str(path), init, seed, dtype, attn, image_size, language_head, options)
+
+    if init == "pretrained" or len(parts) == len(PARTS):
+        return read(init)
+    model, fresh = read("pretrained"), read("scratch").state_dict()
+    with torch.no_grad():
+        for name, group in model.groups().items():
+            part = "decoder" if group in ("embeddings", "lm_head") else group.split(".")[0]
+            if part in parts:
+                model.get_parameter(name).copy_(fresh[name])
+    model.lineage |= {"init": f"scratch {' '.join(parts)}", "init_seed": seed}
+    return model
+
+
+def _from_hub(
+    path: str,
+    init: str,
+    seed: int,
+    dtype: torch.dtype | None,
+    attn: str | None,
+    image_size: int | None,
+    language_head: bool,
+    options: BackboneOptions | None,
+) -> Backbone:
+    from vlm4vla_core.hub import read_base
+
     base, tokenizer, spec, head = read_base(
-        str(path), family_of, init=init, seed=seed, dtype=dtype, attn=attn, language_head=language_head
+        path, init=init, seed=seed, dtype=dtype, attn=attn, language_head=language_head
     )
     lineage = {"source": Path(path).name, "init": init, "init_seed": seed if init == "scratch" else None}
-    return Backbone(
-        base, tokenizer, spec, image_size or spec.image_size, seed=seed, lm_head=head, lineage=lineage
-    ).eval()
+    return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage).eval()

@@ -88,12 +88,18 @@ def row_labels(folder: Path) -> dict[str, Any]:
         "lineage": facts["family"],
         "params_b": round(facts["parameters"] / 1e9, 6),
         "init": lineage.get("init"),
-        "freeze": "+".join(manifest["config"].get("freeze", [])) or "none",
+        "freeze": "+".join([*manifest["config"].get("freeze", []), *_adapted(lineage)]) or "none",
         "aux": "+".join(stage for stage in lineage.get("stages", []) if stage != "action") or "none",
         "train_seed": manifest["config"].get("seed"),
         "step": manifest.get("step"),
         "note": "tiny random model" if source.startswith("tiny ") else None,
     }
+
+
+def _adapted(lineage: dict[str, Any]) -> list[str]:
+    """Parts whose weights stayed and whose adapters were trained, as `lora(decoder)`."""
+    settings = [*lineage.get("merged_lora", []), *([lineage["lora"]] if "lora" in lineage else [])]
+    return [f"lora({part})" for one in settings for part in one["parts"]]
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -155,8 +161,8 @@ def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def load_policy(path: Path, device: str = "cpu") -> VLAPolicy:
-    """The policy of a checkpoint or run folder, in eval mode.
+def load_policy(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> VLAPolicy:
+    """The policy of a checkpoint or run folder, in eval mode. dtype: of the base; the saved one when left out.
 
     Raises InputError when it is damaged or foreign, or holds a backbone without a head.
     """
@@ -174,6 +180,8 @@ def load_policy(path: Path, device: str = "cpu") -> VLAPolicy:
     except (KeyError, TypeError, ValueError) as error:  # a key of another version, or a damaged one
         what = f"config.json does not describe a policy ({type(error).__name__}: {error})"
         raise InputError(what, where=folder, fix="update vlm4vla, or use another checkpoint") from None
+    if dtype is not None:
+        description["backbone"]["dtype"] = str(dtype).removeprefix("torch.")
     policy = VLAPolicy(_build(folder, description), config)
     fill(policy, folder)
     return policy.to(device).eval()
@@ -190,7 +198,9 @@ def load_backbone(path: Path, device: str = "cpu") -> Backbone:
 def reload(
     path: Path, *, init: str, seed: int, dtype: torch.dtype | None, attn: str | None, image_size: int | None
 ) -> Backbone:
-    """`load_backbone` with some of its settings changed; init="scratch" draws the base's weights anew."""
+    """`load_backbone` with some of its settings changed; adapters are merged. init="scratch" draws the base anew."""
+    from vlm4vla_core.lora import merge_lora
+
     folder, description = _describe(path)
     changed = dict(description["backbone"])
     if image_size is not None:
@@ -202,8 +212,10 @@ def reload(
     if init == "pretrained":
         backbone = _build(folder, {**description, "backbone": changed})
         fill(backbone, folder, "backbone.")
+        merge_lora(backbone)
         return backbone
-    changed["lineage"] = {**changed["lineage"], "init": "scratch", "init_seed": seed, "stages": []}
+    plain = {key: value for key, value in changed["lineage"].items() if key not in ("lora", "merged_lora")}
+    changed["lineage"] = {**plain, "init": "scratch", "init_seed": seed, "stages": []}
     return _build(folder, {**description, "backbone": changed}, seed)
 
 
@@ -222,7 +234,12 @@ def _build(folder: Path, description: dict[str, Any], seed: int | None = None) -
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return rebuild(description["backbone"], tokenizer, seed)
+        backbone = rebuild(description["backbone"], tokenizer, seed)
+        if lora := backbone.lineage.pop("lora", None):
+            from vlm4vla_core.lora import add_lora
+
+            add_lora(backbone, lora["parts"], rank=lora["rank"], alpha=lora["alpha"], seed=lora["seed"])
+        return backbone
     except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"the model cannot be built ({reason})", where=folder, fix="use another checkpoint") from None
@@ -264,9 +281,16 @@ def restore_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.opt
     """Fill the optimizer's state from a checkpoint; returns the step. Raises InputError when it holds none."""
     if not (folder / STATE).is_file():
         raise InputError("this checkpoint holds no training state to resume from", where=folder)
-    tensors = read_tensors(folder / STATE)
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
+    state: dict[Any, dict[str, Any]] = {}
+    for name, value in read_tensors(folder / STATE).items():
         key, parameter = name.split("/", 1)
-        optimizer.state[parameters[parameter]][key] = value
+        state.setdefault(parameter, {})[key] = value
+    # torch's own loading puts each tensor where the parameter is, with its exceptions (the step of an unfused AdamW).
+    packed = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number = {id(parameter): index for index, parameter in enumerate(order)}
+    names = {name: number.get(id(parameter)) for name, parameter in model.named_parameters()}
+    if foreign := sorted(name for name in state if names.get(name) is None):
+        raise InputError(f"the training state is of other parameters ({foreign[0]})", where=folder / STATE)
+    optimizer.load_state_dict({**packed, "state": {names[name]: value for name, value in state.items()}})
     return int(folders.read_json(folder / STATE_FACTS)["step"])

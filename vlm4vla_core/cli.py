@@ -28,7 +28,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "probe": ("probes.verbs.probe", "fit a linear readout on features, beside its baselines"),
     "similarity": ("probes.verbs.similarity", "compare two sets of features by centred kernel alignment"),
     "diverge": ("probes.verbs.diverge", "measure how VLM training and VLA training part, in weights and gradients"),
+    "power": ("probes.verbs.power", "what so many models and episodes can show, before they are paid for"),
+    "compare": ("probes.verbs.compare", "compare policies on the same initial states, two or many"),
     "correlate": ("probes.verbs.correlate", "correlate VLM capability with VLA performance"),
+    "import-results": ("probes.verbs.import_results", "read other evaluators' result files into the tidy tables"),
+    "backbones": (
+        "vlm4vla_core.verbs.backbones",
+        "sizes of the backbones, what is added to them, what would be trained",
+    ),
+    "doctor": ("vlm4vla_core.verbs.doctor", "what is installed here, what is missing, and what to do about it"),
     "report": ("probes.verbs.report", "run parameterised notebooks and build the report site"),
 }
 

@@ -26,11 +26,17 @@ from typing import Any
 from vlm4vla_core.errors import InputError
 
 FORMAT_VERSION = 1
+_NEWER = {"episodes": 2}  # kinds whose format has changed since; older ones are still read
 MANIFEST = "manifest.json"
 STORE_MANIFEST = "dataset.json"  # what an episode store calls its manifest
 # What a manifest's kind is called in messages.
 _THINGS = {"episodes": "episode store", "features": "features folder", "rollouts": "rollouts folder"}
 _VERSIONED = ("vlm4vla", "torch", "transformers", "numpy", "pandas", "pyarrow", "scipy")
+
+
+def format_version(kind: str) -> int:
+    """The version that manifests of this kind are written with, and the newest that is read."""
+    return _NEWER.get(kind, FORMAT_VERSION)
 
 
 def project_root() -> Path:
@@ -93,6 +99,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
+def as_json(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples as lists, paths as texts."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
 def read_json(path: Path, *, fix: str = "") -> Any:
     """Read JSON. Raises InputError when the file is missing or is not JSON."""
     try:
@@ -135,21 +146,32 @@ def _commit() -> str:
 
 
 def write_manifest(
-    folder: Path, kind: str, *, config: Mapping[str, Any], inputs: Mapping[str, str], name: str = MANIFEST, **more: Any
+    folder: Path,
+    kind: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    name: str = MANIFEST,
+    known: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Write the manifest of a finished folder: what it is, how and from what it was made, and its files.
 
     config: the settings that decide the content. inputs: name -> fingerprint of what it was made from.
-    more: further JSON values (counts, convention, cost). Returns the manifest.
+    known: fingerprints of files that need not be hashed again. more: further JSON values (counts, convention, cost).
+    Returns the manifest.
     """
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_fingerprint(path)}
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": (known or {}).get(str(path.relative_to(folder))) or file_fingerprint(path),
+        }
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != name and not path.name.startswith(".")
     }
     manifest = {
         "format": f"vlm4vla-{kind}",
-        "version": FORMAT_VERSION,
+        "version": format_version(kind),
         "config": dict(config),
         "inputs": dict(inputs),
         "fingerprint": fingerprint({path: entry["sha256"] for path, entry in files.items()}),
@@ -181,9 +203,9 @@ def read_manifest(
     shape = {"version": int, "config": dict, "inputs": dict, "files": dict, "fingerprint": str}
     if wrong := [key for key, kind_of in shape.items() if not isinstance(manifest.get(key), kind_of)]:
         raise InputError(f"the manifest lacks a proper {', '.join(wrong)}", where=path, fix=fix or "remake the folder")
-    if manifest["version"] > FORMAT_VERSION:
+    if manifest["version"] > format_version(kind):
         raise InputError(
-            f"written by a newer vlm4vla (format {manifest['version']}, this one reads {FORMAT_VERSION})",
+            f"written by a newer vlm4vla (format {manifest['version']}, this one reads {format_version(kind)})",
             where=path,
             fix="update vlm4vla",
         )
@@ -210,7 +232,7 @@ def current(
         manifest = read_manifest(folder, kind, name=name)
     except InputError:
         return False
-    wanted = json.loads(json.dumps({"config": dict(config), "inputs": dict(inputs)}, default=_plain))
+    wanted = as_json({"config": dict(config), "inputs": dict(inputs)})
     return manifest.get("config") == wanted["config"] and manifest.get("inputs") == wanted["inputs"]
 
 
@@ -252,22 +274,32 @@ def new_folder(final: Path, kind: str) -> Iterator[Path]:
     check_replaceable(final, kind)
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep(final)
-    mine = f".{final.name}.{platform.node()}-{os.getpid()}"
-    temporary, old = final.with_name(f"{mine}.tmp"), final.with_name(f"{mine}.old")
+    temporary = final.with_name(f".{final.name}.{here()}.tmp")
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if final.exists():
-            final.replace(old)
-        temporary.replace(final)
-        shutil.rmtree(old, ignore_errors=True)
+        publish(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Flush a finished folder and rename it to `final`, in place of what stands there; both on one file system."""
+    old = final.with_name(f".{final.name}.{here()}.old")
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if final.exists():
+        final.replace(old)
+    temporary.replace(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def here() -> str:
+    """Machine and process, for names that no other process uses."""
+    return f"{platform.node()}-{os.getpid()}"
 
 
 def _sweep(final: Path) -> None:
@@ -279,6 +311,14 @@ def _sweep(final: Path) -> None:
         if words[1] == "old" and not final.exists():  # killed between the two renames of `new_folder`
             left.replace(final)
         else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def sweep(work: Path) -> None:
+    """Remove from a folder of work what killed processes of this machine left there, named `….{here()}`."""
+    for left in work.glob(f"*.{glob.escape(platform.node())}-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not _alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
 

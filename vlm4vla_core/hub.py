@@ -1,37 +1,33 @@
 """Real checkpoints in Hugging Face's layout, read headless, and never silently as random weights.
 
 Only safetensors are read: nothing is unpickled. Any weight that is missing, left over or of another shape is an
-error that names it, apart from the family's declared list (the output layer, which actions do not need).
+error that names it, apart from the family's declared list (the output layer, which actions do not need). Then every
+weight is compared with the files, bit for bit, through the family's own table of published names.
 
 Trap: a headless load that matches no key succeeds in transformers and returns a randomly initialised model.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.families import FamilySpec
+from vlm4vla_core.families import FamilySpec, families, family_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
 
 def read_base(
-    path: str,
-    family_of: Callable[..., FamilySpec],
-    *,
-    init: str,
-    seed: int,
-    dtype: torch.dtype | None,
-    attn: str | None,
-    language_head: bool,
+    path: str, *, init: str, seed: int, dtype: torch.dtype | None, attn: str | None, language_head: bool
 ) -> tuple[Any, Any, FamilySpec, Tensor | None]:
     """The headless base, tokenizer, family entry and (when asked for and untied) output layer (V, D) of a checkpoint.
 
@@ -41,23 +37,49 @@ def read_base(
     from transformers import AutoModel, AutoTokenizer
 
     config = _config(path)
-    spec = family_of(config.model_type, where=path)
+    spec = spec_of(config, path)
     options: dict[str, Any] = {"attn_implementation": attn or spec.attention, "dtype": dtype or torch.float32}
-    with torch.random.fork_rng(devices=[]):  # a load must not move the caller's random state
-        if init == "scratch":
-            torch.manual_seed(seed)
-            base = AutoModel.from_config(config, **options)
-        else:
+    untied = language_head and not config.tie_word_embeddings
+    head = None
+    if init == "scratch":
+        base, head = draw(config, spec, seed, untied=untied, **options)
+    else:
+        with torch.random.fork_rng(devices=[]):  # a load must not move the caller's random state
             base, report = _from_pretrained(
                 AutoModel, path, config=config, use_safetensors=True, output_loading_info=True, **options
             )
-            check_report(report, spec, path)
-    tokenizer = _from_pretrained(AutoTokenizer, path)
-    head = None
-    if language_head and not config.tie_word_embeddings and init == "pretrained":
-        head = read_tensor(Path(path), spec.head_weight).to(options["dtype"])
-    check_finite(base, path)
-    return base, tokenizer, spec, head
+        check_report(report, spec, path)
+        check_finite(base, path)
+        folder = _folder(path)
+        verify(base, spec, folder)
+        if untied:
+            head = read_tensor(folder, spec, "lm_head.weight").to(options["dtype"])
+    return base, _from_pretrained(AutoTokenizer, path), spec, head
+
+
+def spec_of(config: Any, where: object) -> FamilySpec:
+    """The family entry of a Hugging Face config. Raises InputError naming the nearest known one."""
+    return family_of(config.model_type, text_type=getattr(config.get_text_config(), "model_type", ""), where=where)
+
+
+def draw(config: Any, spec: FamilySpec, seed: int, *, untied: bool, **options: Any) -> tuple[Any, Tensor | None]:
+    """A base (and output layer, if untied) with every weight drawn anew by the library's default, from `seed`.
+
+    Matrices that the library leaves at zero are drawn like the rest: Gemma3's image projection would else stay
+    silent, as no gradient passes it. The caller's random state is left alone.
+    """
+    import torch
+    from transformers import AutoModel
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        base = AutoModel.from_config(copy.deepcopy(config), **options)
+        spread = getattr(config.get_text_config(), "initializer_range", 0.02)
+        for parameter in base.parameters():
+            if parameter.dim() == 2 and not bool(parameter.any()):
+                parameter.normal_(std=spread)
+        head = torch.empty_like(base.get_submodule(spec.embeddings).weight).normal_(std=spread) if untied else None
+    return base, head
 
 
 def _config(path: str) -> Any:
@@ -71,8 +93,6 @@ def _config(path: str) -> Any:
         config = _json(local / "config.json")
         kind = str(config.get("model_type", "")) if isinstance(config, dict) else ""
         if kind not in CONFIG_MAPPING_NAMES:
-            from vlm4vla_core.families import families
-
             raise InputError(f"no model family for model_type '{kind}'", where=path, fix=nearest(kind, families()))
     elif local.exists() or path.startswith((".", "/")) or path.count("/") != 1:
         raise InputError("no such model folder", where=path, fix="a hub id looks like owner/name")
@@ -101,8 +121,8 @@ def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
 
 def check_report(report: dict[str, Any], spec: FamilySpec, path: str) -> None:
     """Raise InputError naming the weights that a load left missing, left over or did not fit."""
-    allowed = re.compile("|".join(f"(?:{pattern})" for pattern in spec.unexpected) or r"(?!)")
-    unexpected = sorted(key for key in report["unexpected_keys"] if not allowed.fullmatch(key))
+    allowed = re.compile("|".join(spec.unexpected) or r"(?!)")
+    unexpected = sorted(key for key in report["unexpected_keys"] if not allowed.fullmatch(spec.canonical(key)))
     mismatched = sorted(entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"])
     problems = {"missing": sorted(report["missing_keys"]), "left over": unexpected, "of another shape": mismatched}
     for what, names in problems.items():
@@ -123,17 +143,79 @@ def check_finite(module: torch.nn.Module, where: object) -> None:
             raise InputError(f"weight {name} holds NaN or infinity", where=where, fix="use an earlier checkpoint")
 
 
-def read_tensor(folder: Path, name: str) -> Tensor:
-    """One tensor of a checkpoint folder, sharded or not. Raises InputError when no file of it has that tensor."""
+# --- the files themselves -------------------------------------------------------------------------------
+
+
+def _folder(path: str) -> Path:
+    """The folder that holds a checkpoint's files: its own, or the snapshot of a hub id that was just loaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (INDEX, SINGLE):
+        if isinstance(found := try_to_load_from_cache(path, name), str):
+            return Path(found).parent
+    raise InputError("the downloaded weights are not in the cache", where=path, fix="give a local folder")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder in Hugging Face's layout, sharded or not. Raises InputError."""
+    if (folder / INDEX).is_file():
+        files = [folder / name for name in sorted(set(_json(folder / INDEX)["weight_map"].values()))]
+    else:
+        files = [folder / SINGLE]
+    for file in files:
+        if not file.is_file():
+            raise InputError("a weight file is missing", where=file, fix="fetch the checkpoint again")
+    return files
+
+
+def canonical_names(folder: Path, spec: FamilySpec) -> dict[str, str]:
+    """Weight name in the files of a published checkpoint -> name in the headless base. Raises InputError."""
+    return {name: spec.canonical(name) for name, _ in _tensors(folder)}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Names and lazily read tensors of all files."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.is_file():
-        files = [folder / json.loads(index.read_text())["weight_map"].get(name, "model.safetensors")]
-    for file in files:
-        if file.is_file():
-            with safe_open(file, "pt") as handle:
-                if name in handle.keys():  # noqa: SIM118 (not a dict)
-                    return handle.get_tensor(name)
-    raise InputError(f"the checkpoint has no weight '{name}'", where=folder, fix="give a local folder that holds it")
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                yield name, lambda handle=handle, name=name: handle.get_tensor(name)
+
+
+def verify(base: Any, spec: FamilySpec, folder: Path) -> None:
+    """Compare every weight of a loaded base with the files, bit for bit. Raises InputError naming one that differs.
+
+    The word embeddings are mended instead: transformers 5.17 zeroes Kosmos-2's row of the padding token as it loads.
+    """
+    import torch
+
+    state, allowed = base.state_dict(), re.compile("|".join(spec.unexpected) or r"(?!)")
+    absent = set(dict(base.named_parameters()))
+    for name, read in _tensors(folder):
+        own = spec.canonical(name)
+        if own not in state:
+            if not allowed.fullmatch(own):
+                raise InputError(f"weight {name} has no place in the {spec.name} model", where=folder)
+            continue
+        absent.discard(own)
+        target, value = state[own], read()
+        # Experts' matrices stand transposed in published files.
+        fits = [v for v in (value, value.transpose(-1, -2) if value.dim() == 3 else value) if v.shape == target.shape]
+        fits = [v.to(target.dtype) for v in fits]
+        if not any(torch.equal(v, target.cpu()) for v in fits):
+            if not fits or own != f"{spec.embeddings}.weight":
+                raise InputError(f"weight {name} was not loaded as it stands in the file", where=folder)
+            target.copy_(fits[0])
+    if absent:
+        raise InputError(f"{len(absent)} weights missing: {', '.join(sorted(absent)[:4])}", where=folder)
+
+
+def read_tensor(folder: Path, spec: FamilySpec, own: str) -> Tensor:
+    """One tensor of a checkpoint folder, by its headless name. Raises InputError when no file has that tensor."""
+    for name, read in _tensors(folder):
+        if spec.canonical(name) == own:
+            return read()
+    raise InputError(f"the checkpoint has no weight '{own}'", where=folder, fix="use a whole checkpoint")

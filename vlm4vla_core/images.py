@@ -63,6 +63,24 @@ def decode(data: bytes | memoryview) -> np.ndarray:
         raise ValueError(str(error)) from None
 
 
+def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
+    """`decode` into an array that is there: uint8 (H, W, 3), contiguous. data: bytes or a view of unsigned bytes.
+
+    Raises ValueError when the bytes are no whole image of that size.
+    """
+    if data[:2] != JPEG_MAGIC:
+        image = decode(data)
+        if image.shape != out.shape:
+            raise ValueError(f"an image of {image.shape}, expected {out.shape}")
+        out[:] = image
+        return
+    import simplejpeg
+
+    image = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out.reshape(-1))  # ValueError when it does not fit
+    if image.shape != out.shape:
+        raise ValueError(f"an image of {image.shape}, expected {out.shape}")
+
+
 def encode(image: np.ndarray, *, quality: int = 95, full_colour: bool = False) -> bytes:
     """One RGB uint8 image (H, W, 3) as JPEG. full_colour keeps colour at full resolution (4:4:4, for renders)."""
     import simplejpeg

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlm4vla_core.errors import InputError, nearest
 
@@ -20,12 +20,18 @@ from vlm4vla_core.errors import InputError, nearest
 OPERATIONAL = frozenset({"save_every", "val_every", "val_rows", "log_every", "threads"})
 
 
+Part = Literal["vision", "projector", "decoder", "word_embeddings"]
+
+
 class TrainConfig(BaseModel):
     """Everything that decides a run, apart from its data.
 
     backbone: "tiny" or a path (Hugging Face folder or hub id, or a checkpoint or run to go on from). init: see
     `load_backbone`. objective: "action" (the VLA) or "language" (answers to questions about the scene).
+    head, arm_loss, huber_delta, gripper_weight, flow_steps, normalisation, clip_actions, pad_to: see `PolicyConfig`.
     freeze: parts that are not trained; "projector" is the merger, which "vision" does not include.
+    lora: parts whose weights stay while adapters of lora_rank on them are trained (see `lora.add_lora`).
+    compile: vision blocks and decoder layers one by one; set pad_to with it. Both are for the action objective.
     lr is reached after warmup_steps; "cosine" then falls to 0 at max_steps. clip: largest gradient norm, 0 for none.
     val_rows: rows of held-out episodes to validate on. threads: of torch; None means 2 at most.
     """
@@ -39,10 +45,20 @@ class TrainConfig(BaseModel):
     image_size: int | None = Field(default=None, gt=0)
     camera: str | None = None
     chunk: int = Field(default=10, ge=1)
+    normalisation: Literal["quantile", "quantile_clip", "clip"] = "quantile"
+    clip_actions: float = Field(default=0.65, gt=0)
+    head: Literal["fc", "mlp", "flow"] = "fc"
     head_width: int = Field(default=1024, ge=4)
+    flow_steps: int = Field(default=10, ge=1)
+    arm_loss: Literal["huber", "l1", "l2"] = "huber"
     huber_delta: float = Field(default=1.0, gt=0)
     gripper_weight: float = Field(default=0.01, ge=0)
-    freeze: tuple[Literal["vision", "projector", "decoder", "word_embeddings"], ...] = ()
+    freeze: tuple[Part, ...] = ()
+    lora: tuple[Part, ...] = ()
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    pad_to: int | None = Field(default=None, ge=1)
+    compile: bool = False
     max_steps: int = Field(default=30_000, ge=1)
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
@@ -58,6 +74,12 @@ class TrainConfig(BaseModel):
     save_every: int = Field(default=0, ge=0)
     log_every: int = Field(default=5, ge=1)
     threads: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_fate_for_a_part(self) -> Self:
+        if both := sorted(set(self.freeze) & set(self.lora)):
+            raise ValueError(f"{both[0]} stands in freeze and in lora; lora alone freezes its weights")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON values; equal identities and inputs give equal weights.
@@ -116,5 +138,7 @@ def _validated(values: dict[str, Any], where: str) -> TrainConfig:
         return TrainConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of two settings together
+            raise InputError(first["msg"].removeprefix("Value error, "), where=where) from None
         key = ".".join(map(str, first["loc"]))
         raise InputError(f"setting {key} = {first['input']!r}: {first['msg'].lower()}", where=where) from None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from vlm4vla_core.families import SPECIAL_TOKENS, FamilySpec
+from vlm4vla_core.families import FamilySpec, family
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ yellow yes you
 """
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 600 entries: bytes, common words of manipulation, Qwen's special tokens.
+def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 600 entries: a family's special tokens, bytes, common words of manipulation.
 
     A listed word is one token, with or without the blank before it; any other text falls back to bytes, so
     every text can be encoded and decoded. There are no merges to train, so it is the same everywhere.
@@ -47,33 +47,39 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    spec = spec or family("qwen2_5_vl")
+    specials = spec.special_tokens
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [blank + word for word in sorted(set(_WORDS.split())) for blank in ("", "Ġ") if len(blank + word) > 1]
     words += ["ĊĊ", "What", "Where", "Which", "Is", "ĠWhat", "ĠWhere", "ĠWhich", "ĠIs"]
-    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet, *words])}
+    first = specials[:4] if spec.image_ids else specials  # Kosmos-2 takes the ids after the fourth for its images
+    listing = [*first, *alphabet, *words, *specials[len(first) :]]
+    vocab = {token: index for index, token in enumerate(listing)}
     # Whole words are looked up before any merge is tried (ignore_merges), and there are no merges: words or bytes.
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     core.add_tokens([AddedToken(phrase, normalized=False) for phrase in _PHRASES])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
+        eos_token=spec.answer_end,
+        pad_token="<pad>" if "<pad>" in specials else specials[0],
+        unk_token="<unk>" if "<unk>" in specials else None,
+        additional_special_tokens=list(specials),
         clean_up_tokenization_spaces=False,
     )
 
 
-def tiny_base(spec: FamilySpec, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+def tiny_base(spec: FamilySpec, tokenizer: PreTrainedTokenizerFast, seed: int, image_size: int) -> Any:
     """The headless base of a tiny member of `spec`'s real class, on the CPU in fp32, initialised from `seed`."""
     import torch
     from transformers import AutoModel
 
-    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    config = spec.tiny_config({**ids, "vocab": len(tokenizer)})
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in spec.special_tokens}
+    config = spec.tiny_config({**ids, "vocab": len(tokenizer)}, image_size)
     with torch.random.fork_rng(devices=[]):  # the library's own initialisation draws from the global state
+        torch.manual_seed(seed)
         base = AutoModel.from_config(config, attn_implementation=spec.attention, dtype=torch.float32)
     initialise(base, spec, torch.Generator().manual_seed(seed))
     return base.eval()
@@ -85,6 +91,7 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
     Fan-in scaling everywhere, 0.4 of it where a block writes into the residual stream; word embeddings with
     std 0.5, so that a word's identity survives the first attention layer; decoder query and key biases with std 0.5,
     which make attention depend on positions from the start. The library's 0.02 is made for widths of thousands.
+    Parameters of no module (experts, latents, Gemma3's projection, which the library leaves at zero) are drawn last.
     """
     import torch
     from torch import nn
@@ -100,4 +107,10 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
                     module.bias.zero_()
                     if name.endswith(("q_proj", "k_proj")):
                         module.bias.normal_(std=0.5, generator=generator)
-        embedding.weight.normal_(std=0.5, generator=generator)
+        scale = 1.0 if spec.embed_scale == "none" else math.sqrt(embedding.embedding_dim)
+        embedding.weight.normal_(std=0.5 / scale, generator=generator)
+        for module in base.modules():
+            if not isinstance(module, nn.Linear | nn.Conv3d | nn.Conv2d | nn.Conv1d | nn.Embedding):
+                for parameter in module.parameters(recurse=False):
+                    if parameter.dim() > 1:
+                        parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]), generator=generator)

@@ -42,13 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainConfig", "train", "up_to_date"]
 
-_PARTS = {
-    "vision": ("vision.",),
-    "projector": ("projector",),
-    "decoder": ("decoder.",),
-    "word_embeddings": ("embeddings",),
-}
-
 
 # --- what needs no torch --------------------------------------------------------------------------------
 
@@ -152,17 +145,25 @@ def action_task(config: TrainConfig, store: EpisodeStore, backbone: Backbone, ca
             q99=stats["q99"],
             camera=camera,
             width=config.head_width,
+            head=config.head,
+            arm_loss=config.arm_loss,
             huber_delta=config.huber_delta,
             gripper_weight=config.gripper_weight,
+            flow_steps=config.flow_steps,
+            pad_to=config.pad_to,
+            normalisation=config.normalisation,
+            clip=config.clip_actions,
         ),
         seed=config.seed,
     )
+    if config.compile:
+        policy.compile_layers()
     instructions = store.instructions
 
     def batch(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         chunks, mask = action_chunks(store.action, store.episode_of, rows, config.chunk)
         texts = [instructions[store.episode_of[row]] for row in rows]
-        return policy.collate(store.images(camera, rows, backbone.image_size), texts, chunks, mask)
+        return policy.collate(store.images(camera, rows, backbone.image_size), texts, chunks, mask, rng)
 
     def evaluate(rows: np.ndarray) -> dict[str, Any]:
         from vlm4vla_core.validation import action_metrics
@@ -196,8 +197,10 @@ def language_task(config: TrainConfig, store: EpisodeStore, backbone: Backbone, 
 
 
 def _start(config: TrainConfig) -> Backbone:
-    """The backbone a run starts from, with what is frozen marked."""
+    """The backbone a run starts from, with what is frozen marked and adapters in place."""
     from vlm4vla_core.backbone import load_backbone, tiny
+    from vlm4vla_core.freezing import freeze
+    from vlm4vla_core.lora import add_lora
 
     if config.backbone == "tiny":
         backbone = tiny(config.family, seed=config.seed, image_size=config.image_size or 112)
@@ -210,9 +213,9 @@ def _start(config: TrainConfig) -> Backbone:
             language_head=config.objective == "language",
         )
     backbone.lineage["stages"] = [*backbone.lineage.get("stages", []), config.objective]
-    prefixes = tuple(prefix for part in config.freeze for prefix in _PARTS[part])
-    for name, group in backbone.groups().items():
-        backbone.get_parameter(name).requires_grad_(not group.startswith(prefixes))
+    if config.lora:
+        add_lora(backbone, config.lora, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
+    freeze(backbone, config.freeze)
     return backbone
 
 

@@ -24,9 +24,9 @@ BatchMaker = Callable[[np.ndarray, np.random.Generator], "dict[str, torch.Tensor
 def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, batch: BatchMaker) -> dict[str, Any]:
     """Losses and errors over `rows`, every real step of every chunk counted once.
 
-    loss, arm, gripper: as in training. constant_arm: the arm loss of a constant action at each place of the chunk, the
-    rows' own mean target. error: mean absolute error per arm dimension in the convention's units, against targets
-    that the quantiles clip.
+    loss, arm, gripper: as in training; of a flow head, the regression losses of its sample of seed 0. constant_arm: the
+    arm loss of a constant action at each place of the chunk, the rows' own mean target. error: mean absolute error per
+    arm dimension in the convention's units, against targets that normalising clips.
     gripper_accuracy, and gripper_majority: that of always giving the commoner state. rows: how many.
     """
     import torch
@@ -42,19 +42,18 @@ def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, bat
             for name, value in zip(kept, values, strict=True):
                 kept[name].append(value.cpu())
     arm, gripper, targets, opens, mask = (torch.cat(values) for values in kept.values())
-    options = {"delta": policy.config.huber_delta, "gripper_weight": policy.config.gripper_weight}
+    options = policy.loss_options()
     losses = action_losses(arm, gripper, targets, opens, mask, **options)
     weight = mask.float()[..., None]
     mean = (targets * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True).clamp(min=1)  # (1, chunk, A-1)
     constant = action_losses(mean.expand_as(targets), gripper, targets, opens, mask, **options)
-    q01, q99 = np.array(policy.config.q01[:-1]), np.array(policy.config.q99[:-1])
     error = ((arm - targets).abs() * weight).sum((0, 1)) / weight.sum((0, 1))  # (A-1,) in normalised units
     names = policy.config.convention.names[:-1]
     open_share = float(opens[mask].mean())
     return {
         **{name: float(value) for name, value in losses.items()},
         "constant_arm": float(constant["arm"]),
-        "error": dict(zip(names, (error.numpy() * (q99 - q01) / 2).tolist(), strict=True)),
+        "error": dict(zip(names, (error.numpy() * policy.config.unit()).tolist(), strict=True)),
         "gripper_accuracy": float(((gripper > 0) == (opens > 0.5))[mask].float().mean()),
         "gripper_majority": max(open_share, 1 - open_share),
         "rows": len(rows),

@@ -19,7 +19,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vlm4vla_core.backbone import MAX_TEXT_TOKENS, Backbone, load_backbone, tiny
 from vlm4vla_core.contract import ContractError, check_backbone
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.families import Geometry, families, qwen_patchify, qwen_window_order
+from vlm4vla_core.families import Geometry, Prompt
+from vlm4vla_core.families.qwen import qwen_patchify, qwen_window_order
+from vlm4vla_core.options import BackboneOptions
 from vlm4vla_core.tiny import tiny_tokenizer
 
 TEXTS = ["open the drawer", "put the small red cup on the plate"]
@@ -52,8 +54,7 @@ def saved(folder: Path, model: Any, **options: Any) -> Path:
 # --- families and tiny members --------------------------------------------------------------------------
 
 
-def test_families_are_named_and_unknown_ones_name_the_nearest():
-    assert families() == ["qwen2_5_vl"]
+def test_an_unknown_family_names_the_nearest():
     with pytest.raises(InputError, match=r"unknown model family 'qwen2_5vl'; did you mean 'qwen2_5_vl'"):
         tiny("qwen2_5vl")
 
@@ -153,7 +154,8 @@ def test_tiny_keeps_the_contract(size: int):
 
 def test_contract_holds_with_left_padding_two_queries_and_frozen_vision():
     made = tiny()
-    model = Backbone(made.base, made.tokenizer, made.spec, 112, n_queries=2, padding="left")
+    options = BackboneOptions(n_queries=2)
+    model = Backbone(made.base, made.tokenizer, made.spec, 112, options=options, padding="left")
     made.base.get_input_embeddings()._forward_hooks.popitem(last=False)  # the first backbone's hook
     for name, group in model.groups().items():
         model.get_parameter(name).requires_grad_(not group.startswith("vision"))
@@ -185,6 +187,11 @@ def without_hook(model: Backbone) -> Backbone:
     return model
 
 
+def deaf(model: Backbone) -> Backbone:
+    model.prompt = Prompt(model.prompt.text, "What now")
+    return model
+
+
 def frozen_by_detaching(model: Backbone) -> Backbone:
     visual = model.base.visual
     visual.merger.register_forward_hook(lambda module, args, out: out.detach())
@@ -197,7 +204,7 @@ def frozen_by_detaching(model: Backbone) -> Backbone:
         (without_hook, "vocabulary row"),
         (plain_positions, "padding on the left"),
         (lambda m: with_spec(m, raster=lambda x, g, merged: x), "raster order|changed most at"),
-        (lambda m: with_spec(m, action_question="What now"), "instruction"),
+        (deaf, "instruction"),
         (frozen_by_detaching, "no gradient reaches"),
     ],
 )
@@ -321,7 +328,7 @@ def test_what_cannot_be_had_is_told_in_one_line(tmp_path: Path):
         load_backbone(tmp_path / "empty")
     (tmp_path / "other").mkdir()
     for kind, message in (
-        ("qwen9_vl", "model_type 'qwen9_vl'.*did you mean 'qwen2_5_vl'"),
+        ("qwen9_vl", "model_type 'qwen9_vl'.*did you mean 'qwen"),
         ("bert", "model_type 'bert'"),
     ):
         (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": kind}))

@@ -158,5 +158,5 @@ def test_what_does_not_fit_is_refused():
         policy.collate(pictures(), TEXTS, np.zeros((3, 5, 7), np.float32), np.ones((3, 5), bool))
     with pytest.raises(InputError, match="q01 has 2 values for 7"):
         replace(policy.config, q01=(0.0, 1.0))
-    with pytest.raises(InputError, match="unknown head 'flow'"):
-        replace(policy.config, head="flow")
+    with pytest.raises(InputError, match="unknown head 'flaw'; did you mean 'flow'"):
+        replace(policy.config, head="flaw")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tfds_bytes import bridge_episode, example, jpeg, record, write_tfds
+from tfds_bytes import bridge_episode, example, jpeg, record, shape, write_tfds
 
-from vlm4vla_core.episodes.rlds import Report, choose_splits, episodes, open_rlds, seen_cameras
-from vlm4vla_core.episodes.store import Episode
+from vlm4vla_core import images
+from vlm4vla_core.actions import BRIDGE, FRACTAL, LIBERO
+from vlm4vla_core.episodes.checks import black_cameras
+from vlm4vla_core.episodes.rlds import choose_splits, fractal, open_rlds
+from vlm4vla_core.episodes.source import Skipped
+from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.errors import InputError
 
 
-def read(folder: Path, splits: tuple[str, ...] = (), cameras: tuple[str, ...] = ()) -> tuple[list[Episode], Report]:
-    dataset, report = open_rlds(folder), Report()
-    chosen = choose_splits(dataset, splits)
-    seen, report.black_cameras = seen_cameras(dataset, chosen, cameras)
-    return list(episodes(dataset, chosen, seen, report)), report
+def read_all(
+    folder: Path, splits: tuple[str, ...] = (), cameras: tuple[str, ...] = ("image_0",), transform: str = ""
+) -> list[Episode | Skipped]:
+    source = open_rlds(folder)
+    units = source.units(choose_splits(source, splits))
+    return [one for unit in units for one in source.episodes(unit, cameras, transform or source.transforms[0])]
+
+
+def read(folder: Path, splits: tuple[str, ...] = (), cameras: tuple[str, ...] = ("image_0",)) -> list[Episode]:
+    return [one for one in read_all(folder, splits, cameras) if isinstance(one, Episode)]
 
 
 def only(folder: Path, *records: dict[str, Any]) -> Path:
@@ -32,7 +42,7 @@ def only(folder: Path, *records: dict[str, Any]) -> Path:
 
 def test_reads_shards_in_order_transformed(tmp_path: Path):
     raw = [bridge_episode(seed, steps=5) for seed in range(3)]
-    found, report = read(write_tfds(tmp_path, {"train": [raw[:2], raw[2:]]}))
+    found = read(write_tfds(tmp_path, {"train": [raw[:2], raw[2:]]}))
     assert [e.source for e in found] == [
         "mini-train.tfrecord-00000-of-00002, record 0",
         "mini-train.tfrecord-00000-of-00002, record 1",
@@ -46,49 +56,67 @@ def test_reads_shards_in_order_transformed(tmp_path: Path):
         assert episode.images == {"image_0": features["steps/observation/image_0"][1:-1]}
         assert episode.instruction == features["steps/language_instruction"][0].decode()
         assert episode.info == {"origin": features["episode_metadata/file_path"][0].decode()}
-    assert report == Report(read=3, kept=3, black_cameras=("image_1",))  # and the flag has_image_0 = 0 did not matter
+        assert episode.notes == {}
+    plain = [one for one in read_all(tmp_path, transform="none") if isinstance(one, Episode)]
+    np.testing.assert_array_equal(plain[0].action, raw[0]["steps/action"])
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path):
+def test_the_source_describes_itself_and_travels(tmp_path: Path):
+    folder = write_tfds(tmp_path, {"train": [[bridge_episode(0)], [bridge_episode(1)]], "val": [[bridge_episode(2)]]})
+    source = pickle.loads(pickle.dumps(open_rlds(folder)))
+    assert (source.format, source.name, source.convention) == ("rlds", "mini 1.0.0", BRIDGE)
+    assert (source.cameras, source.sizes["image_0"]) == (("image_0", "image_1"), (8, 8))
+    assert (source.splits, source.transforms, source.rendered) == (("train", "val"), ("bridge_orig", "none"), False)
+    units = source.units(("train", "val"))
+    assert [(unit.name, unit.split) for unit in units] == [
+        ("mini-train.tfrecord-00000-of-00002", "train"), ("mini-train.tfrecord-00001-of-00002", "train"),
+        ("mini-val.tfrecord-00000-of-00001", "val"),
+    ]  # fmt: skip
+    assert units[1].files == (folder / units[1].name, folder / "dataset_info.json", folder / "features.json")
+    with pytest.raises(InputError, match=r"transform 'libero' does not belong to this rlds data.*bridge_orig"):
+        list(source.episodes(units[0], (), "libero"))
+
+
+def test_what_is_left_out_is_told(tmp_path: Path):
     raw = [bridge_episode(0), bridge_episode(1, language_instruction=[b""] * 4), bridge_episode(2, steps=2)]
     raw += [bridge_episode(3, language_instruction=[b"", b"second step", b"", b""])]
-    found, report = read(only(tmp_path, *raw))
-    assert [e.instruction for e in found] == ["do thing 0", "second step"]
-    assert (report.read, report.kept, report.no_language, report.too_short) == (4, 2, 1, 1)
-    assert any("without language" in line for line in report.lines())
-
-
-def test_episodes_that_train_has_too_are_left_out_of_val(tmp_path: Path):
-    a, b, c = (bridge_episode(seed) for seed in range(3))
-    folder = write_tfds(tmp_path / "some", {"val": [[b, c]], "train": [[a, b]], "test": [[c]]})
-    found, report = read(folder)
-    assert [(e.split, e.info["origin"]) for e in found] == [
-        ("train", "/origin/0.npy"), ("train", "/origin/1.npy"), ("val", "/origin/2.npy"),
-    ]  # fmt: skip
-    assert report.duplicates == {"val": 1}
-    found, report = read(write_tfds(tmp_path / "all", {"train": [[a, b]], "val": [[b, a]]}))
-    assert [e.split for e in found] == ["train", "train"]
-    assert report.duplicates == {"val": 2}
-    assert [e.split for e in read(folder, ("val",))[0]] == ["val", "val"]  # asked for alone, nothing is a copy
-    assert [e.split for e in read(folder, ("test",))[0]] == ["val"]
+    first, second, third, fourth = read_all(only(tmp_path, *raw))
+    assert isinstance(first, Episode)
+    assert isinstance(fourth, Episode)
+    assert (first.instruction, fourth.instruction) == ("do thing 0", "second step")
+    where = "mini-train.tfrecord-00000-of-00001, record "
+    assert second == Skipped("without language", f"{where}1")
+    assert third == Skipped("too short for the transform", f"{where}2")
 
 
 def test_cameras(tmp_path: Path):
-    late = [jpeg(0), jpeg(0), jpeg(0), jpeg(200)]  # shows something only at the end of the last episode
+    late = [jpeg(0), jpeg(0), jpeg(200), jpeg(0)]  # shows something only at the end of the last episode
     folder = only(tmp_path / "late", bridge_episode(0), bridge_episode(1, image_1=late))
-    assert seen_cameras(open_rlds(folder), ["train"]) == ({"image_0": (8, 8), "image_1": (8, 8)}, ())
-    assert list(read(folder, cameras=("image_1",))[0][0].images) == ["image_1"]
+    both = ("image_0", "image_1")
+    assert black_cameras(open_rlds(folder), ["train"], both) == ()
+    assert black_cameras(open_rlds(folder), ["train"], both, episodes=1) == ("image_1",)
+    assert list(read(folder, cameras=("image_1",))[0].images) == ["image_1"]
     with pytest.raises(InputError, match=r"no camera 'image_7'.*known: image_0, image_1"):
         read(folder, cameras=("image_7",))
     with pytest.raises(InputError, match="nothing but black images from image_1"):
-        read(only(tmp_path / "black", bridge_episode(0)), cameras=("image_1",))
+        black_cameras(open_rlds(only(tmp_path / "black", bridge_episode(0))), ["train"], ("image_1",))
 
 
-def test_absent_images_are_stored_black_and_reported(tmp_path: Path):
-    found, report = read(only(tmp_path, bridge_episode(0), bridge_episode(1, image_0=[b""] * 4)))
-    assert report.missing_images == {"image_0": 2}
-    assert len(set(found[1].images["image_0"])) == 1
-    assert found[1].images["image_0"][0][:2] == b"\xff\xd8"
+def test_black_cameras_are_looked_for_all_over_the_data(tmp_path: Path):
+    shards = [[bridge_episode(seed, image_1=[jpeg(90 if seed == 9 else 0)] * 4)] for seed in range(10)]
+    folder = write_tfds(tmp_path, {"train": shards})
+    assert black_cameras(open_rlds(folder), ["train"], ("image_0", "image_1"), episodes=4) == ()
+
+
+def test_absent_images_are_stored_black_and_noted(tmp_path: Path):
+    half = [b"", b"", jpeg(50, size=12), b""]  # the declared size is 8: what is there counts
+    raw = [bridge_episode(0, image_0=[b""] * 4), bridge_episode(1, image_0=half), bridge_episode(2)]
+    first, second, third = read(only(tmp_path, *raw))
+    assert first.notes == {"absent images of image_0 stored black": 2}
+    assert second.notes == {"absent images of image_0 stored black": 1}
+    assert third.notes == {}
+    for frame in (*first.images["image_0"], second.images["image_0"][0]):
+        np.testing.assert_array_equal(images.decode(frame), np.zeros((12, 12, 3)))
 
 
 def test_the_folder_is_found_from_above(tmp_path: Path):
@@ -112,12 +140,13 @@ def test_a_cut_at_every_byte_is_one_clear_error(tmp_path: Path):
     folder = only(tmp_path, bridge_episode(0, steps=3, **tiny), bridge_episode(1, steps=3, **tiny))
     path = folder / "mini-train.tfrecord-00000-of-00001"
     whole = path.read_bytes()
-    dataset, report = open_rlds(folder), Report()
-    assert len(list(episodes(dataset, ["train"], {}, report))) == 2
+    source = open_rlds(folder)
+    (unit,) = source.units(("train",))
+    assert len(list(source.episodes(unit, (), "bridge_orig"))) == 2
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
         with pytest.raises(InputError) as caught:
-            list(episodes(dataset, ["train"], {}, report))
+            list(source.episodes(unit, (), "bridge_orig"))
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -142,6 +171,27 @@ def test_missing_files(tmp_path: Path):
         open_rlds(folder)
 
 
+def test_templates_that_do_not_match(tmp_path: Path):
+    folder = write_tfds(tmp_path, {"train": [[bridge_episode(0)], [bridge_episode(1)]]})
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["name"] = "renamed"  # the files keep the old name
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(read(folder)) == 2
+    info["name"], info["splits"][0]["filepathTemplate"] = "mini", "{SPLIT}/{SHARD_INDEX}.tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(read(folder)) == 2
+    (folder / "other-train.tfrecord-00000-of-00002").write_bytes(b"")  # the usual name is there: it counts
+    assert len(read(folder)) == 2
+    info["name"] = "renamed"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match="2 files could be this tfrecord file"):
+        open_rlds(folder)
+    info["splits"][0]["filepathTemplate"] = "{NOBODY_KNOWS}"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match=r"not a TFDS description .*NOBODY_KNOWS"):
+        open_rlds(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -155,16 +205,16 @@ def test_missing_files(tmp_path: Path):
     ],
 )
 def test_broken_records_name_file_and_record(tmp_path: Path, change: dict[str, Any], pattern: str):
-    dataset = open_rlds(only(tmp_path, bridge_episode(0), bridge_episode(1, **change)))
+    folder = only(tmp_path, bridge_episode(0), bridge_episode(1, **change))
     with pytest.raises(InputError, match=pattern) as caught:
-        list(episodes(dataset, ["train"], {"image_0": (8, 8)}, Report()))
+        read(folder)
     assert f"{tmp_path / 'mini-train.tfrecord-00000-of-00001'}, record 1" in str(caught.value)
 
 
 def test_a_broken_image_names_file_and_record(tmp_path: Path):
-    dataset = open_rlds(only(tmp_path, bridge_episode(0, image_0=[b"\xff\xd8 broken"] * 4)))
-    with pytest.raises(InputError, match=r"image of camera 'image_0' cannot be read .*00001, record 0"):
-        seen_cameras(dataset, ["train"])
+    source = open_rlds(only(tmp_path, bridge_episode(0, image_0=[b"\xff\xd8 broken"] * 4)))
+    with pytest.raises(InputError, match=r"image of camera 'image_0' cannot be read .*00001, record 0, step 0"):
+        black_cameras(source, ["train"], ("image_0",))
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -204,13 +254,100 @@ def test_splits(tmp_path: Path):
         choose_splits(dataset, ("trian",))
 
 
+# --- other layouts --------------------------------------------------------------------------------------
+
+
+def fractal_like(folder: Path, steps: int = 6) -> tuple[Path, dict[str, Any]]:
+    """RT-1 data in fractal20220817_data's layout: the action in parts, the language among the observations."""
+    rng = np.random.default_rng(0)
+    numbers = {
+        "steps/action/world_vector": 3, "steps/action/rotation_delta": 3, "steps/action/gripper_closedness_action": 1,
+        "steps/action/base_displacement_vector": 2, "steps/observation/base_pose_tool_reached": 7,
+        "steps/observation/gripper_closed": 1,
+    }  # fmt: skip
+    features: dict[str, Any] = {key: rng.normal(0, 0.1, (steps, w)).astype(np.float32) for key, w in numbers.items()}
+    features["steps/action/gripper_closedness_action"] = np.array([0, 0, 1, 0, -1, 0.05], np.float32)
+    features["steps/observation/image"] = [jpeg(10 * step) for step in range(steps)]
+    features["steps/observation/natural_language_instruction"] = [b"pick coke can"] * steps
+    leaves = {key: {"tensor": {"shape": shape(width)}} for key, width in numbers.items()}
+    leaves["steps/observation/image"] = {"image": {"shape": shape(8, 8, 3)}}
+    leaves["steps/observation/natural_language_instruction"] = {"text": {}}
+    return write_tfds(folder, {"train": [[features]]}, leaves=leaves, name="fractal20220817_data"), features
+
+
+def libero_like(folder: Path, steps: int = 4) -> tuple[Path, dict[str, Any]]:
+    """LIBERO in modified_libero_rlds' layout."""
+    rng = np.random.default_rng(0)
+    numbers = {"steps/action": 7, "steps/observation/state": 8, "steps/observation/joint_state": 7}
+    features: dict[str, Any] = {key: rng.normal(0, 1, (steps, w)).astype(np.float32) for key, w in numbers.items()}
+    features["steps/observation/image"] = [jpeg(10 + step) for step in range(steps)]
+    features["steps/observation/wrist_image"] = [jpeg(100 + step) for step in range(steps)]
+    features["steps/language_instruction"] = [b"turn on the stove"] * steps
+    features["episode_metadata/file_path"] = [b"/demo.hdf5"]
+    leaves = {key: {"tensor": {"shape": shape(width)}} for key, width in numbers.items()}
+    leaves |= {f"steps/observation/{name}": {"image": {"shape": shape(8, 8, 3)}} for name in ("image", "wrist_image")}
+    leaves |= {"steps/language_instruction": {"text": {}}, "episode_metadata/file_path": {"text": {}}}
+    return write_tfds(folder, {"train": [[features]]}, leaves=leaves, name="libero_10_no_noops"), features
+
+
+def test_fractal_layout(tmp_path: Path):
+    folder, raw = fractal_like(tmp_path)
+    source = open_rlds(folder)
+    assert (source.convention, source.cameras, source.transforms) == (FRACTAL, ("image",), ("fractal",))
+    (episode,) = read(folder, cameras=("image",))
+    np.testing.assert_array_equal(episode.action[:, :3], raw["steps/action/world_vector"])
+    np.testing.assert_array_equal(episode.action[:, 3:6], raw["steps/action/rotation_delta"])
+    np.testing.assert_array_equal(episode.action[:, 6], [1, 1, 0, 0, 1, 1])  # open until told to close, then open
+    np.testing.assert_array_equal(episode.state[:, :7], raw["steps/observation/base_pose_tool_reached"])
+    np.testing.assert_array_equal(episode.state[:, 7:], raw["steps/observation/gripper_closed"])
+    assert (episode.instruction, len(episode.images["image"])) == ("pick coke can", 6)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.sampled_from([-1.0, -0.5, -0.05, 0.0, 0.1, 0.2, 1.0]), min_size=1, max_size=12))
+def test_fractal_gripper_against_a_state_machine(commands: list[float]):
+    told = [0 if abs(c) <= np.float32(0.1) else (-1 if c > 0 else 1) for c in commands]
+    state = next((-t for t in told if t), 1)
+    expected = []
+    for t in told:
+        state = t or state
+        expected.append((state + 1) / 2)
+    action = np.zeros((len(commands), 7), np.float32)
+    action[:, 6] = commands
+    np.testing.assert_array_equal(fractal(action, action)[0][:, 6], expected)
+
+
+def test_libero_layout(tmp_path: Path):
+    folder, raw = libero_like(tmp_path)
+    source = open_rlds(folder)
+    assert (source.convention, source.cameras, source.rendered) == (LIBERO, ("image", "wrist_image"), True)
+    (episode,) = read(folder, cameras=("wrist_image", "image"))
+    np.testing.assert_array_equal(episode.action, raw["steps/action"])
+    np.testing.assert_array_equal(episode.state, raw["steps/observation/state"])
+    assert episode.images["wrist_image"] == raw["steps/observation/wrist_image"]
+    assert (len(source.state_names), episode.info["origin"]) == (8, "/demo.hdf5")
+
+
 @pytest.mark.samples
 def test_bridge_sample(samples: Path):
-    found, report = read(samples / "bridge_rlds_octo")
-    assert report == Report(read=50, kept=25, duplicates={"val": 25}, black_cameras=("image_3",))
+    source = open_rlds(samples / "bridge_rlds_octo")
+    assert black_cameras(source, source.splits, source.cameras) == ("image_3",)
+    found = read(samples / "bridge_rlds_octo", ("train",), ("image_0", "image_1", "image_2"))
     assert {len(e.action) for e in found} == {8}
-    assert {tuple(e.images) for e in found} == {("image_0", "image_1", "image_2")}
     assert len({e.instruction for e in found}) == 4
     expected = np.load(samples / "bridge_rlds_octo" / "openvla_bridge_orig_expected.npz")
+    assert len(found) == 25
     for number, episode in enumerate(found):
         np.testing.assert_array_equal(episode.action, expected[f"action_{number:02d}"])
+    # the facts of the sample's own description: raw range and mean of the actions, first action zero, val a copy
+    whole = read_all(samples / "bridge_rlds_octo", ("train",), transform="none")
+    action = np.stack([e.action for e in whole if isinstance(e, Episode)])  # (25, 10, 7)
+    assert action.shape == (25, 10, 7)
+    assert np.abs(action[:, 0, :6]).max() < 1e-6
+    low, high = action.min((0, 1)), action.max((0, 1))
+    np.testing.assert_allclose(low, [-0.0190, -0.0293, -0.0205, -0.1596, -0.1174, -0.2543, 0], atol=5.1e-5)
+    np.testing.assert_allclose(high, [0.0180, 0.0122, 0.0328, 0.1330, 0.0724, 0.0674, 1], atol=5.1e-5)
+    mean = [0.00159, -0.00097, -0.00294, -0.00994, -0.00485, -0.00533, 0.7392]
+    np.testing.assert_allclose(action.mean((0, 1), np.float64), mean, atol=5.1e-6 + 5e-5)
+    copies = {e.action.tobytes() for e in read(samples / "bridge_rlds_octo", ("val",))}
+    assert copies == {e.action.tobytes() for e in found}

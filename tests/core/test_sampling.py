@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from vlm4vla_core.episodes.sampling import (
     action_chunks,
     batch_rows,
+    mixed_batch,
     quantile_denormalise,
     quantile_normalise,
     split_episodes,
 )
+from vlm4vla_core.errors import InputError
 
 HYPOTHESIS = settings(deadline=None, derandomize=True, max_examples=80)
 
@@ -44,6 +46,71 @@ def test_orders_differ_between_epochs_and_seeds():
     first, second = (batch_rows(np.arange(100), 100, 0, step) for step in (0, 1))
     assert (first != second).any()
     assert (first != batch_rows(np.arange(100), 100, 1, 0)).any()
+
+
+def test_the_order_of_existing_runs_stays():
+    """Stored from the first version: a run that is resumed must meet the rows it would have met."""
+    assert batch_rows(np.arange(12), 8, 3, 1).tolist() == [9, 5, 3, 8, 0, 4, 11, 1]
+
+
+@HYPOTHESIS
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9))
+def test_slices_of_all_processes_are_the_batch(n: int, each: int, world: int, step: int):
+    size = each * world
+    parts = [batch_rows(np.arange(n), size, 5, step, rank=rank, world=world) for rank in range(world)]
+    np.testing.assert_array_equal(np.concatenate(parts), batch_rows(np.arange(n), size, 5, step))
+    sets = [np.arange(n), 100 + np.arange(3)]
+    mixed = [mixed_batch(sets, (1, 2), size, 5, step, rank=rank, world=world) for rank in range(world)]
+    for part, whole in zip(zip(*mixed, strict=True), mixed_batch(sets, (1, 2), size, 5, step), strict=True):
+        np.testing.assert_array_equal(np.concatenate(part), whole)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match=r"batch of 10 does not divide among 4 processes.*such as 12"):
+        batch_rows(np.arange(5), 10, 0, 0, rank=0, world=4)
+    with pytest.raises(InputError, match="does not divide"):
+        batch_rows(np.arange(5), 8, 0, 0, rank=4, world=4)
+
+
+# --- mixtures
+
+
+@HYPOTHESIS
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 97), st.integers(0, 3), st.data())
+def test_a_mixture_gives_every_row_of_a_set_once_per_epoch_of_that_set(sizes, batch, seed, data):
+    weights = data.draw(st.lists(st.floats(0.01, 1), min_size=len(sizes), max_size=len(sizes)))
+    sets = [1000 * k + np.arange(size) for k, size in enumerate(sizes)]
+    seen: list[list[int]] = [[] for _ in sets]
+    for step in range(12):
+        for which, row in zip(*mixed_batch(sets, weights, batch, seed, step), strict=True):
+            assert row // 1000 == which
+            seen[which].append(int(row))
+    for rows, seen_rows in zip(sets, seen, strict=True):
+        for start in range(0, len(seen_rows) - len(rows) + 1, len(rows)):
+            assert sorted(seen_rows[start : start + len(rows)]) == rows.tolist()
+
+
+def test_the_shares_of_a_mixture_are_its_weights():
+    sets = [np.arange(7), np.arange(1000), np.arange(50)]
+    weights = np.array([0.1, 3.0, 0.7])
+    which = np.concatenate([mixed_batch(sets, weights, 512, 0, step)[0] for step in range(80)])  # ten blocks of 4096
+    exact = weights / weights.sum() * len(which)
+    np.testing.assert_allclose(np.bincount(which), exact, atol=10)
+    for start in range(0, len(which), 512):  # and each batch is near to them: a draw without replacement
+        share = np.bincount(which[start : start + 512], minlength=3)
+        assert (np.abs(share - 512 * weights / weights.sum()) < 5 * np.sqrt(512 * 0.25)).all()
+    assert (which[:512] != np.sort(which[:512])).any()
+    again, _ = mixed_batch(sets, weights, 512, 0, 0)
+    np.testing.assert_array_equal(again, which[:512])
+    assert (mixed_batch(sets, weights, 512, 1, 0)[0] != which[:512]).any()
+
+
+def test_weights_that_make_no_mixture_are_refused():
+    for weights in ([], [1, 0], [1, -1], [-1, -1], [1, float("nan")], [1, 1e-5], [1, float("inf")]):
+        with pytest.raises(InputError, match="make no mixture"):
+            mixed_batch([np.arange(2)] * len(weights), weights, 4, 0, 0)
+    with pytest.raises(ValueError, match="1 weights for 2 sets"):
+        mixed_batch([np.arange(2)] * 2, [1], 4, 0, 0)
 
 
 def test_no_candidates_is_an_error():

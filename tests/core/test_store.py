@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -130,9 +131,10 @@ def test_equal_episodes_give_equal_bytes(tmp_path: Path):
 
 def test_many_steps_go_into_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = write(tmp_path / "one", make())
-    monkeypatch.setattr(writer, "STEPS_PER_SHARD", 4)  # 15 steps: shards of 4, 4, 4, 3, cutting through episodes
-    parts = write(tmp_path / "four", make())
-    assert sorted(path.name for path in parts.path.glob("steps-*")) == [f"steps-0000{n}.arrow" for n in range(4)]
+    monkeypatch.setattr(writer, "STEPS_PER_SHARD", 6)  # shards of whole episodes: 5 + 3 steps, then 7
+    parts = write(tmp_path / "two", make())
+    assert parts.manifest["shards"] == ["steps-00000.arrow", "steps-00001.arrow"]
+    assert [len(shard.table) for shard in parts._shards] == [8, 7]
     for name in ("state", "action", "episode_of", "step_of"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
         assert not getattr(parts, name).flags.writeable
@@ -250,7 +252,7 @@ def test_opening_tells_what_is_wrong(tmp_path: Path):
     damaged(store, "the store is empty")
     rewrite_manifest(store, convention=None)
     damaged(store, "damaged episode store|empty")
-    rewrite_manifest(store, version=folders.FORMAT_VERSION + 1)
+    rewrite_manifest(store, version=folders.format_version("episodes") + 1)
     damaged(store, "newer vlm4vla")
     (store.path / "dataset.json").write_text("{")
     damaged(store, "not valid JSON")
@@ -277,3 +279,108 @@ def test_asking_for_what_is_not_there(tmp_path: Path):
     for row in (-1, 15):
         with pytest.raises(IndexError, match="15 steps"):
             store.jpeg("front", row)
+
+
+# --- raw images, depth, segmentation, older stores ------------------------------------------------------
+
+
+def layered(lengths: tuple[int, ...] = LENGTHS) -> list[Episode]:
+    rng = np.random.default_rng(5)
+    return [
+        replace(
+            episode,
+            depth={"front": rng.integers(0, 2**16, (len(episode.action), 12, 9)).astype(np.uint16)},
+            depth_unit=0.0001,
+            segmentation={"wrist": np.cumsum(rng.random((len(episode.action), 7, 11)) < 0.1, axis=2).astype(np.uint8)},
+        )
+        for episode in make(lengths)
+    ]
+
+
+def test_depth_and_segmentation_are_lossless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, "STEPS_PER_SHARD", 6)
+    episodes = layered()
+    store = write(tmp_path / "s", episodes, image_size=8)  # layers keep their own size
+    depth = np.concatenate([episode.depth["front"] for episode in episodes])
+    labels = np.concatenate([episode.segmentation["wrist"] for episode in episodes])
+    found = store.depth("front", range(15))
+    assert found.dtype == np.uint16 and store.segmentation("wrist", [0]).dtype == np.uint8
+    np.testing.assert_array_equal(found, depth)
+    np.testing.assert_array_equal(store.segmentation("wrist", [14, 2]), labels[[14, 2]])
+    assert store.manifest["depth"] == {"front": {"size": [12, 9], "unit": 0.0001}}
+    assert store.depth("front", []).shape == (0, 12, 9)
+    with pytest.raises(InputError, match=r"no depth of camera 'wrist'.*known: front"):
+        store.depth("wrist", [0])
+    with pytest.raises(InputError, match="no column 'depth/front'"):
+        store.column("depth/front")
+
+
+def test_broken_layers_are_refused(tmp_path: Path):
+    first, second, _ = layered()
+    refused(tmp_path, [first, replace(second, depth={})], r"depths are \[\], in earlier episodes \['front'\]")
+    refused(tmp_path, [first, replace(second, depth_unit=0.001)], "the unit of depth changes")
+    metres = {"front": second.depth["front"].astype(np.float32)}
+    refused(tmp_path, [first, replace(second, depth=metres)], r"depth of camera 'front' is float32 .*expected uint16")
+    small = {"wrist": second.segmentation["wrist"][:, :5]}
+    refused(tmp_path, [first, replace(second, segmentation=small)], r"segmentation .*\(3, 5, 11\), expected .*7, 11")
+
+
+def test_damaged_depth_is_told_with_its_row(tmp_path: Path):
+    store = write(tmp_path / "s", layered((4,)))
+    shard = store.path / "steps-00000.arrow"
+    packed = bytes(store._view("depth", "front", 2))
+    shard.write_bytes(shard.read_bytes().replace(packed, bytes(len(packed))))
+    with pytest.raises(InputError, match="damaged depth of camera 'front' at row 2"):
+        EpisodeStore.open(store.path).depth("front", [0, 2])
+
+
+def test_raw_images_are_exact_and_jpeg_is_made_of_them(tmp_path: Path):
+    episodes = make()
+    store = write(tmp_path / "s", episodes, encoding="raw")
+    expected = np.concatenate([episode.images["front"] for episode in episodes])
+    np.testing.assert_array_equal(store.images("front", range(15)), expected)
+    assert store.manifest["images"]["encoding"] == "raw"
+    assert np.abs(images.decode(store.jpeg("front", 9)).astype(int) - expected[9]).max() <= 6
+    again = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(again.images("front", [9], size=8), images.resize(expected[[9]], 8))
+    half = write(tmp_path / "h", episodes, encoding="raw", image_size=8)
+    np.testing.assert_array_equal(half.images("wrist", [14]), images.resize(episodes[2].images["wrist"][6:], 8))
+
+
+def test_shards_are_cut_by_the_size_of_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, "BYTES_PER_SHARD", 8 * 16 * 16 * 3 * 5)  # 8 steps of 16 and 32 pixels
+    store = write(tmp_path / "s", make(), encoding="raw")
+    assert [len(shard.table) for shard in store._shards] == [8, 7]
+
+
+def test_an_image_of_another_size_than_declared_is_damage(tmp_path: Path):
+    store = write(tmp_path / "s", make((2,)))
+    for size in ([8, 8], [16, 12], [32, 32]):
+        rewrite_manifest(store, cameras={**store.manifest["cameras"], "front": size})
+        with pytest.raises(InputError, match="damaged image of camera 'front' at row 1"):
+            EpisodeStore.open(store.path).images("front", [1])
+
+
+def test_a_store_of_the_first_version_keeps_opening(tmp_path: Path):
+    """That version had the columns episode and step in its shards, which cut through episodes."""
+    store = write(tmp_path / "s", make())
+    expected = {"state": store.state.copy(), "pictures": store.images("wrist", range(15)).copy()}
+    table = store._shards[0].table
+    for name in ("step", "episode"):
+        table = table.add_column(0, name, pa.array(store.column(name)))
+    manifest = json.loads((store.path / "dataset.json").read_text())
+    for key in ("depth", "segmentation", "domains", "seeds", "shards"):
+        del manifest[key]
+    del manifest["images"]["encoding"], manifest["files"]["steps-00000.arrow"]
+    for number, rows in enumerate((slice(0, 6), slice(6, 15))):
+        name = f"steps-{number + 5:05d}.arrow"  # beside the mapped one
+        batch = table.slice(rows.start, rows.stop - rows.start).combine_chunks().to_batches()[0]
+        with pa.OSFile(str(store.path / name), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as out:
+            out.write_batch(batch)
+        manifest["files"][name] = {"bytes": (store.path / name).stat().st_size, "sha256": ""}
+    (store.path / "dataset.json").write_text(json.dumps(manifest | {"version": 1}))
+    old = EpisodeStore.open(store.path)
+    np.testing.assert_array_equal(old.state, expected["state"])
+    np.testing.assert_array_equal(old.images("wrist", range(15)), expected["pictures"])
+    assert old.step_of.tolist() == [*range(5), *range(3), *range(7)]
+    assert old.column("episode").tolist() == np.repeat([0, 1, 2], LENGTHS).tolist()

@@ -103,9 +103,16 @@ def _node(children: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tfds(
-    folder: Path, splits: dict[str, Sequence[Sequence[dict[str, Any]]]], *, name: str = "mini", state_size: int = 7
+    folder: Path,
+    splits: dict[str, Sequence[Sequence[dict[str, Any]]]],
+    *,
+    name: str = "mini",
+    state_size: int = 7,
+    leaves: dict[str, Any] | None = None,
 ) -> Path:
-    """A TFDS folder: split -> shards -> episodes. Returns the folder."""
+    """A TFDS folder: split -> shards -> episodes. leaves: key -> its feature description, by default Bridge's.
+
+    Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     described = []
     for split, shards in splits.items():
@@ -119,14 +126,38 @@ def write_tfds(
         })  # fmt: skip
     info = {"name": name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": described}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    image = {"image": {"shape": shape(8, 8, 3), "dtype": "uint8", "encodingFormat": "jpeg"}}
-    observation = {"image_0": image, "image_1": image, "state": {"tensor": {"shape": shape(state_size)}}}
-    steps = _node({
-        "action": {"tensor": {"shape": shape(7)}},
-        "observation": _node(observation),
-        "language_instruction": {"text": {}},
-    })  # fmt: skip
-    metadata = _node({"file_path": {"text": {}}, "has_image_0": {"tensor": {"shape": shape()}}})
-    features = _node({"steps": {"sequence": {"feature": steps}}, "episode_metadata": metadata})
-    (folder / "features.json").write_text(json.dumps(features))
+    (folder / "features.json").write_text(json.dumps(_features(leaves or _bridge_leaves(state_size))))
     return folder
+
+
+def _bridge_leaves(state_size: int) -> dict[str, Any]:
+    image = {"image": {"shape": shape(8, 8, 3), "dtype": "uint8", "encodingFormat": "jpeg"}}
+    return {
+        "steps/action": {"tensor": {"shape": shape(7)}},
+        "steps/observation/image_0": image,
+        "steps/observation/image_1": image,
+        "steps/observation/state": {"tensor": {"shape": shape(state_size)}},
+        "steps/language_instruction": {"text": {}},
+        "episode_metadata/file_path": {"text": {}},
+        "episode_metadata/has_image_0": {"tensor": {"shape": shape()}},
+    }
+
+
+def _features(leaves: dict[str, Any]) -> dict[str, Any]:
+    """features.json from flat keys: "steps" is a sequence, every other level a dictionary."""
+    root: dict[str, Any] = {}
+    for key, leaf in leaves.items():
+        *levels, last = key.split("/")
+        node = root
+        for level in levels:
+            node = node.setdefault(level, {})
+        node[last] = (leaf,)
+
+    def described(node: Any) -> dict[str, Any]:
+        leaf = isinstance(node, tuple)  # of one: tells it from a level that happens to hold a feature named "image"
+        return node[0] if leaf else _node({name: wrapped(name, child) for name, child in node.items()})
+
+    def wrapped(name: str, child: Any) -> dict[str, Any]:
+        return {"sequence": {"feature": described(child)}} if name == "steps" else described(child)
+
+    return described(root)

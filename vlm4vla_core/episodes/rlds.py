@@ -3,225 +3,199 @@
 A folder has `dataset_info.json` (splits and records per shard), `features.json` (keys and shapes) and the files
 NAME-SPLIT.tfrecord-XXXXX-of-YYYYY. Which key means what differs per dataset: one `Layout` per dataset says so.
 Traps: splits may repeat each other; `has_image_*` flags may be 0 on real cameras, so they are ignored and what is
-black is looked at instead; episodes may lack language. Everything left out is counted in `Report`.
+black is looked at instead; episodes may lack language.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm4vla_core import folders, images
-from vlm4vla_core.actions import BRIDGE, ActionConvention
-from vlm4vla_core.episodes.store import Episode
+from vlm4vla_core import images
+from vlm4vla_core.actions import BRIDGE, FRACTAL, LIBERO, ActionConvention
+from vlm4vla_core.episodes.checks import check_request, check_splits, choose_splits, numbers, same_length
+from vlm4vla_core.episodes.source import Skipped, Unit
+from vlm4vla_core.episodes.tfds import Description, describe
 from vlm4vla_core.episodes.tfrecord import Feature, parse_example, read_records
-from vlm4vla_core.episodes.transforms import transform_named
-from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.episodes.transforms import Transform, bridge_orig, none
+from vlm4vla_core.episodes.writer import Episode
+from vlm4vla_core.errors import InputError
 
-TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_INFO_FIX = "give the folder that holds dataset_info.json, or the one above"
+__all__ = ["LAYOUTS", "Layout", "RldsSource", "choose_splits", "open_rlds"]
+
+
+def fractal(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fractal's relative gripper commands (1 closes, -1 opens, 0 leaves) made absolute: 1 open, 0 closed.
+
+    action: (T, 7), the command last; smaller than 0.1 counts as 0. Until the first command the gripper is what that
+    command changes; without any it is open. All T steps stay.
+    Source: openvla/openvla, prismatic/vla/datasets/rlds/oxe (`rt1_dataset_transform`).
+    """
+    command = np.where(np.abs(action[:, -1]) > 0.1, -np.sign(action[:, -1]), 0)  # 1 opens, -1 closes
+    told = np.flatnonzero(command)
+    start = -command[told[0]] if len(told) else 1.0
+    last = np.maximum.accumulate(np.where(command != 0, np.arange(len(command)), -1))  # the command in force
+    opened = (np.where(last < 0, start, command[last]) + 1) / 2
+    return np.concatenate([action[:, :-1], opened[:, None]], axis=1, dtype=np.float32), np.arange(len(action))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which keys of a record mean what. cameras: a prefix; every image key under it is a camera of the rest's name."""
+    """Which keys of a record mean what. action, state: keys whose numbers are joined in this order. cameras: a prefix;
+    every image key under it is a camera of the rest's name. marks: further keys that tell this dataset from others of
+    the same shapes. transforms: name -> function, the default first."""
 
-    action: str
-    state: str
-    cameras: str
+    action: tuple[str, ...]
+    state: tuple[str, ...]
     language: str
-    origin: str
+    marks: tuple[str, ...]
     convention: ActionConvention
     state_names: tuple[str, ...]
-    transform: str
+    transforms: dict[str, Transform]
+    cameras: str = "steps/observation/"
+    origin: str = "episode_metadata/file_path"
+    rendered: bool = False
 
 
+_XYZ = ("x", "y", "z")
 LAYOUTS: dict[str, Layout] = {
     "bridge_orig": Layout(
-        action="steps/action",
-        state="steps/observation/state",
-        cameras="steps/observation/",
+        action=("steps/action",),
+        state=("steps/observation/state",),
         language="steps/language_instruction",
-        origin="episode_metadata/file_path",
+        marks=("steps/observation/image_0",),
         convention=BRIDGE,
-        state_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
-        transform="bridge_orig",
-    )
+        state_names=(*_XYZ, "roll", "pitch", "yaw", "gripper"),
+        transforms={"bridge_orig": bridge_orig, "none": none},
+    ),
+    "fractal": Layout(  # google-research's RT-1 data, fractal20220817_data
+        action=("steps/action/world_vector", "steps/action/rotation_delta", "steps/action/gripper_closedness_action"),
+        state=("steps/observation/base_pose_tool_reached", "steps/observation/gripper_closed"),
+        language="steps/observation/natural_language_instruction",
+        marks=("steps/observation/image",),
+        convention=FRACTAL,
+        state_names=(*_XYZ, "qx", "qy", "qz", "qw", "gripper_closed"),
+        transforms={"fractal": fractal},
+    ),
+    "libero": Layout(  # OpenVLA's modified_libero_rlds: no-ops dropped and images turned already
+        action=("steps/action",),
+        state=("steps/observation/state",),
+        language="steps/language_instruction",
+        marks=("steps/observation/image", "steps/observation/wrist_image", "steps/observation/joint_state"),
+        convention=LIBERO,
+        state_names=(*_XYZ, "rx", "ry", "rz", "finger_left", "finger_right"),
+        transforms={"none": none},
+        rendered=True,
+    ),
 }
 
 
 @dataclass(frozen=True)
-class RldsDataset:
-    """An opened TFDS folder. shapes: key -> shape of one step; shards: split -> (file, records) in order."""
+class RldsSource:
+    """An opened TFDS folder: a `Source` whose units are its tfrecord files.
+
+    shapes: key -> shape of one step; shards: split -> (file, records) in order.
+    """
 
     folder: Path
     name: str
-    version: str
     layout_name: str
     shapes: dict[str, tuple[int, ...]]
     cameras: tuple[str, ...]
     shards: dict[str, tuple[tuple[Path, int], ...]]
+    format: str = "rlds"
 
     @property
     def layout(self) -> Layout:
         return LAYOUTS[self.layout_name]
 
-    def check_camera(self, camera: str) -> None:
-        """Raises InputError when the data has no such camera."""
-        if camera not in self.cameras:
-            fix = nearest(camera, self.cameras)
-            raise InputError(f"no camera '{camera}' in the data", where=self.folder, fix=fix)
+    @property
+    def convention(self) -> ActionConvention:
+        return self.layout.convention
 
-    def records(self, split: str) -> int:
-        return sum(count for _, count in self.shards[split])
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return self.layout.state_names
 
-    def files(self, splits: Iterable[str]) -> list[Path]:
-        """Everything that the content of these splits depends on."""
-        shards = [path for split in splits for path, _ in self.shards[split]]
-        return [self.folder / "dataset_info.json", self.folder / "features.json", *shards]
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {camera: _size(self.shapes[self.layout.cameras + camera]) for camera in self.cameras}
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.shards)
 
-@dataclass
-class Report:
-    """What reading met and left out; filled while `episodes` runs."""
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        return tuple(self.layout.transforms)
 
-    read: int = 0
-    kept: int = 0
-    no_language: int = 0
-    too_short: int = 0
-    duplicates: dict[str, int] = field(default_factory=dict)  # split -> episodes that an earlier split has too
-    black_cameras: tuple[str, ...] = ()
-    missing_images: dict[str, int] = field(default_factory=dict)  # camera -> absent images, stored black
+    @property
+    def rendered(self) -> bool:
+        return self.layout.rendered
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        return {}
 
-    def lines(self) -> list[str]:
-        """Readable lines, none when nothing was left out."""
-        out = []
-        if self.black_cameras:
-            out.append(f"black everywhere and left out: {', '.join(self.black_cameras)}")
-        out += [f"{n} episodes of split '{split}' repeat an earlier split" for split, n in self.duplicates.items()]
-        if self.no_language:
-            out.append(f"{self.no_language} episodes without language left out")
-        if self.too_short:
-            out.append(f"{self.too_short} episodes too short for the transform left out")
-        out += [f"{n} absent images of {camera} stored black" for camera, n in self.missing_images.items()]
-        return out
+    def units(self, splits: tuple[str, ...]) -> list[Unit]:
+        """One unit per tfrecord file. Raises InputError on an unknown split."""
+        check_splits(self, splits)
+        described = (self.folder / "dataset_info.json", self.folder / "features.json")
+        return [
+            Unit(path.name, "train" if split == "train" else "val", (path, *described), (split, index))
+            for split in splits
+            for index, (path, _) in enumerate(self.shards[split])
+        ]
 
+    def episodes(self, unit: Unit, cameras: tuple[str, ...], transform: str) -> Iterator[Episode | Skipped]:
+        """The file's episodes in order; without language, or too short for the transform, one is skipped.
 
-# --- the folder -----------------------------------------------------------------------------------------
+        Raises InputError on damaged files, on features of the wrong length and on NaN or infinite actions or states,
+        naming file and record.
+        """
+        check_request(self, cameras, transform)
+        layout, apply = self.layout, self.layout.transforms[transform]
+        for example, place, short in self._examples(unit):
+            action = self._joined(example, layout.action, layout.convention.names, place)  # (T, A)
+            state = self._joined(example, layout.state, layout.state_names, place)  # (T, S)
+            frames = {camera: _bytes(example, layout.cameras + camera, place) for camera in cameras}
+            same_length({"action": action, "state": state, **frames}, place)
+            texts = [text.decode("utf-8", "replace").strip() for text in _bytes(example, layout.language, place)]
+            instruction = next(filter(None, texts), "")
+            transformed, steps = apply(action, state)
+            if not instruction:
+                yield Skipped("without language", short)
+                continue
+            if not len(steps):
+                yield Skipped("too short for the transform", short)
+                continue
+            notes: dict[str, int] = {}
+            kept = {camera: [frames[camera][step] for step in steps] for camera in cameras}
+            for camera, shown in kept.items():
+                if absent := shown.count(b""):
+                    notes[f"absent images of {camera} stored black"] = absent
+                    black = images.encode(np.zeros((*self._seen_size(unit, camera, frames[camera]), 3), np.uint8))
+                    kept[camera] = [frame or black for frame in shown]
+            origin = _bytes(example, layout.origin, place) if layout.origin in example else []
+            yield Episode(
+                instruction=instruction,
+                images=dict(kept),
+                state=state[steps],
+                action=transformed,
+                split=unit.split,
+                source=short,
+                info={"origin": origin[0].decode("utf-8", "replace") if origin else ""},
+                notes=notes,
+            )
 
-
-def find_folder(source: Path) -> Path:
-    """The TFDS version folder at `source`, one or two levels below it. Raises InputError on none or several."""
-    source = Path(source)
-    if not source.is_dir():
-        raise InputError("no such folder", where=source, fix=_INFO_FIX)
-    for pattern in ("dataset_info.json", "*/dataset_info.json", "*/*/dataset_info.json"):
-        found = sorted(path.parent for path in source.glob(pattern))
-        if len(found) > 1:
-            names = ", ".join(str(path.relative_to(source)) for path in found)
-            raise InputError(f"several datasets here: {names}", where=source, fix="name one of them")
-        if found:
-            return found[0]
-    raise InputError("no dataset_info.json here nor two levels below", where=source, fix=_INFO_FIX)
-
-
-def open_rlds(source: Path) -> RldsDataset:
-    """Open a TFDS folder and find its layout. Raises InputError when a file is missing, damaged or of no known kind."""
-    folder = find_folder(source)
-    info = folders.read_json(folder / "dataset_info.json", fix=_INFO_FIX)
-    features = folders.read_json(folder / "features.json", fix="fetch features.json of the dataset too")
-    try:
-        name, version = str(info["name"]), str(info.get("version", ""))
-        if info.get("fileFormat", "tfrecord") != "tfrecord":
-            raise InputError(f"files of format '{info['fileFormat']}', only tfrecord is read", where=folder)
-        shards = {str(split["name"]): tuple(_shards(folder, name, split)) for split in info["splits"]}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"not a TFDS description ({type(error).__name__}: {error})"
-        raise InputError(what, where=folder / "dataset_info.json", fix="fetch the file again") from None
-    if not any(shards.values()):
-        raise InputError("the dataset has no splits with files", where=folder / "dataset_info.json")
-    for path, _ in (shard for split in shards.values() for shard in split):
-        if not path.is_file():
-            raise InputError("missing tfrecord file", where=path, fix="fetch it, dataset_info.json lists it")
-    shapes: dict[str, tuple[int, ...]] = {}
-    pictures: list[str] = []
-    try:
-        _flatten(features, "", shapes, pictures)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"not a TFDS feature description ({type(error).__name__}: {error})"
-        raise InputError(what, where=folder / "features.json", fix="fetch the file again") from None
-    layout_name = _layout_of(shapes, pictures, folder)
-    prefix = LAYOUTS[layout_name].cameras
-    cameras = tuple(sorted(key.removeprefix(prefix) for key in pictures if key.startswith(prefix)))
-    return RldsDataset(folder, name, version, layout_name, shapes, cameras, shards)
-
-
-def _shards(folder: Path, name: str, split: dict[str, Any]) -> Iterator[tuple[Path, int]]:
-    lengths = [int(length) for length in split.get("shardLengths", [])]
-    total = f"{len(lengths):05d}"
-    template = split.get("filepathTemplate") or TEMPLATE
-    for index, length in enumerate(lengths):
-        values = {"DATASET": name, "SPLIT": split["name"], "FILEFORMAT": "tfrecord", "SHARD_INDEX": f"{index:05d}"}
-        values |= {"NUM_SHARDS": total, "SHARD_X_OF_Y": f"{index:05d}-of-{total}"}
-        yield folder / template.format(**values), length
-
-
-def _flatten(node: dict[str, Any], key: str, shapes: dict[str, tuple[int, ...]], pictures: list[str]) -> None:
-    """Walk features.json: nested names are joined by "/", as in the records."""
-    if "featuresDict" in node:
-        for name, child in node["featuresDict"]["features"].items():
-            _flatten(child, f"{key}/{name}" if key else name, shapes, pictures)
-    elif "sequence" in node:
-        _flatten(node["sequence"]["feature"], key, shapes, pictures)
-    elif "image" in node:
-        shapes[key] = tuple(int(size) for size in node["image"]["shape"].get("dimensions", []))
-        pictures.append(key)
-    elif "text" in node:
-        shapes[key] = ()
-    elif "tensor" in node:
-        shapes[key] = tuple(int(size) for size in node["tensor"]["shape"].get("dimensions", []))
-
-
-def _layout_of(shapes: dict[str, tuple[int, ...]], pictures: list[str], folder: Path) -> str:
-    for name, layout in LAYOUTS.items():
-        fits = shapes.get(layout.action) == (layout.convention.size,)
-        fits &= shapes.get(layout.state) == (len(layout.state_names),) and layout.language in shapes
-        if fits and any(key.startswith(layout.cameras) for key in pictures):
-            return name
-    keys = ", ".join(f"{key}{list(shape)}" for key, shape in shapes.items() if key.startswith("steps/"))
-    known = "; ".join(f"{name}: {spec.action}, {spec.state}, {spec.language}" for name, spec in LAYOUTS.items())
-    raise InputError(f"no known dataset layout, it has {keys}", where=folder, fix=f"known layouts are {known}")
-
-
-def choose_splits(dataset: RldsDataset, wanted: Iterable[str] = ()) -> tuple[str, ...]:
-    """The splits to read, train first: the wanted ones, or by default train and val, as far as there are any.
-
-    Raises InputError on an unknown split, or when there is neither train nor val to take by default.
-    """
-    wanted = tuple(dict.fromkeys(wanted)) or tuple(name for name in ("train", "val") if name in dataset.shards)
-    for name in wanted:
-        if name not in dataset.shards:
-            raise InputError(f"no split '{name}'", where=dataset.folder, fix=nearest(name, dataset.shards))
-    if not wanted:
-        fix = f"choose with --split among: {', '.join(dataset.shards)}"
-        raise InputError("no split named train or val", where=dataset.folder, fix=fix)
-    return tuple(sorted(wanted, key=lambda name: name != "train"))
-
-
-# --- the records ----------------------------------------------------------------------------------------
-
-
-def _examples(dataset: RldsDataset, split: str) -> Iterator[tuple[dict[str, Feature], str, str]]:
-    """Every record of a split, parsed; with its full place (for errors) and its short one (for the store)."""
-    for path, expected in dataset.shards[split]:
+    def _examples(self, unit: Unit) -> Iterator[tuple[dict[str, Feature], str, str]]:
+        """Every record of a file, parsed; with its full place (for errors) and its short one (for the store)."""
+        split, index = unit.key
+        path, expected = self.shards[str(split)][int(index)]
         count = 0
         for count, data in enumerate(read_records(path), start=1):
             if count > expected:
@@ -230,116 +204,70 @@ def _examples(dataset: RldsDataset, split: str) -> Iterator[tuple[dict[str, Feat
             yield parse_example(data, f"{path}{place}"), f"{path}{place}", f"{path.name}{place}"
         if count != expected:
             found = f"{count}" if count < expected else f"more than {expected}"
-            raise InputError(
-                f"{found} records found, dataset_info.json says {expected}", where=path, fix="fetch the file again"
-            )
+            what = f"{found} records found, dataset_info.json says {expected}"
+            raise InputError(what, where=path, fix="fetch the file again")
+
+    def _joined(self, example: dict[str, Feature], keys: tuple[str, ...], names: tuple[str, ...], place: str) -> Any:
+        """Number features side by side as (T, D); records hold each flat."""
+        parts: dict[str, np.ndarray] = {}
+        for key in keys:
+            value, width = example.get(key), (*self.shapes[key], 1)[0]
+            if not isinstance(value, np.ndarray) or value.size == 0 or value.size % width:
+                size = len(value) if value is not None else 0
+                raise InputError(f"'{key}' has {size} values, expected a multiple of {width}", where=place)
+            parts[key] = value.reshape(-1, width)
+        same_length(parts, place)
+        return numbers(np.concatenate(list(parts.values()), axis=1), names, " + ".join(keys), place)
+
+    def _seen_size(self, unit: Unit, camera: str, frames: list[bytes]) -> tuple[int, int]:
+        """Height and width of the camera: of an image beside the absent one, in the same file, or as declared."""
+        for shown in (frames, *(example.get(self.layout.cameras + camera, []) for example, *_ in self._examples(unit))):
+            for data in filter(None, shown) if isinstance(shown, list) else ():
+                try:
+                    height, width = images.decode(data).shape[:2]
+                except ValueError:
+                    continue  # told when its own episode is read
+                return height, width
+        return self.sizes[camera]
 
 
-def seen_cameras(
-    dataset: RldsDataset,
-    splits: Iterable[str],
-    cameras: Iterable[str] = (),
-    progress: Callable[[int], Any] | None = None,
-) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    """Which of the wanted cameras (default: all) show anything: ({camera: (height, width)}, black ones).
-
-    Reads on only until every camera has shown something; progress is called with 1 per record read.
-    Raises InputError on an unknown camera and when none is left.
-    """
-    wanted = tuple(dict.fromkeys(cameras)) or dataset.cameras
-    for camera in wanted:
-        dataset.check_camera(camera)
-    seen: dict[str, tuple[int, int]] = {}
-    black: set[bytes] = set()  # black images of one source are equal bytes: look at each kind once
-    for split in splits:
-        for example, place, _ in _examples(dataset, split):
-            for camera in (camera for camera in wanted if camera not in seen):
-                for data in dict.fromkeys(_bytes(example, dataset.layout.cameras + camera, place)):
-                    if not data or data in black:
-                        continue
-                    picture = _decode(data, camera, place)
-                    if picture.max() > images.BLACK:
-                        seen[camera] = picture.shape[:2]
-                        break
-                    black.add(data)
-            if progress:
-                progress(1)
-            if len(seen) == len(wanted):
-                return {camera: seen[camera] for camera in wanted}, ()
-    left_out = tuple(camera for camera in wanted if camera not in seen)
-    if not seen:
-        raise InputError(f"nothing but black images from {', '.join(left_out)}", where=dataset.folder)
-    return {camera: seen[camera] for camera in wanted if camera in seen}, left_out
+def _size(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], shape[1]) if len(shape) == 3 and all(shape) else (1, 1)
 
 
-def episodes(
-    dataset: RldsDataset,
-    splits: Iterable[str],
-    cameras: dict[str, tuple[int, int]],
-    report: Report,
-    transform: str | None = None,
-) -> Iterator[Episode]:
-    """Transformed episodes of these splits, in file order; what is left out is counted in `report`.
-
-    cameras: as from `seen_cameras`. transform: default the layout's own. An episode that an earlier split holds too
-    (same raw actions and first images) is left out. Raises InputError on damaged files, on features of the wrong
-    length and on NaN or infinite actions or states, naming file and record.
-    """
-    layout = dataset.layout
-    apply = transform_named(transform or layout.transform)
-    earlier: set[str] = set()
-    for split in splits:
-        here: set[str] = set()
-        for example, place, short in _examples(dataset, split):
-            report.read += 1
-            action = _floats(example, layout.action, dataset, layout.convention.names, place)  # (T, A)
-            state = _floats(example, layout.state, dataset, layout.state_names, place)  # (T, S)
-            frames = {camera: _bytes(example, layout.cameras + camera, place) for camera in cameras}
-            _same_length({"action": action, "state": state, **frames}, place)
-            digest = hashlib.sha256(action.tobytes())
-            for camera in frames:
-                digest.update(frames[camera][0] if frames[camera] else b"")
-            here.add(digest.hexdigest())
-            if digest.hexdigest() in earlier:
-                report.duplicates[split] = report.duplicates.get(split, 0) + 1
-                continue
-            texts = [text.decode("utf-8", "replace").strip() for text in _bytes(example, layout.language, place)]
-            instruction = next(filter(None, texts), "")
-            transformed, steps = apply(action, state)
-            if not instruction:
-                report.no_language += 1
-            elif not len(steps):
-                report.too_short += 1
-            else:
-                report.kept += 1
-                origin = _bytes(example, layout.origin, place) if layout.origin in example else []
-                yield Episode(
-                    instruction=instruction,
-                    images={c: _present(frames[c], steps, c, cameras[c], report) for c in cameras},
-                    state=state[steps],
-                    action=transformed,
-                    split="train" if split == "train" else "val",
-                    source=short,
-                    info={"origin": origin[0].decode("utf-8", "replace") if origin else ""},
-                )
-        earlier |= here
+def open_rlds(source: Path) -> RldsSource:
+    """Open a TFDS folder and find its layout. Raises InputError when a file is missing, damaged or of no known kind."""
+    described = describe(source)
+    layout_name = _layout_of(described)
+    prefix = LAYOUTS[layout_name].cameras
+    cameras = tuple(sorted(key.removeprefix(prefix) for key in described.pictures if key.startswith(prefix)))
+    return RldsSource(described.folder, described.name, layout_name, described.shapes, cameras, described.shards)
 
 
-def _present(frames: list[bytes], steps: np.ndarray, camera: str, size: tuple[int, int], report: Report) -> list[bytes]:
-    """The kept steps' images; an absent one (an empty string) becomes a black image of the camera's size."""
-    kept = [frames[step] for step in steps]
-    if absent := kept.count(b""):
-        report.missing_images[camera] = report.missing_images.get(camera, 0) + absent
-        black = images.encode(np.zeros((*size, 3), np.uint8))
-        kept = [frame or black for frame in kept]
-    return kept
+def _layout_of(described: Description) -> str:
+    shapes = described.shapes
 
+    def width(keys: tuple[str, ...]) -> int:
+        """Numbers per step of these keys together; 0 when one is missing or no vector."""
+        found = [shapes.get(key, (0, 0)) for key in keys]
+        return (
+            sum((*shape, 1)[0] for shape in found) if all(len(shape) < 2 and 0 not in shape for shape in found) else 0
+        )
 
-def _decode(data: bytes, camera: str, place: str) -> np.ndarray:
-    try:
-        return images.decode(data)
-    except ValueError as error:
-        raise InputError(f"image of camera '{camera}' cannot be read ({error})", where=place) from None
+    for name, layout in LAYOUTS.items():
+        sizes = (width(layout.action), width(layout.state))
+        named = {layout.language, *layout.marks} <= shapes.keys()
+        if named and sizes == (layout.convention.size, len(layout.state_names)):
+            return name
+    keys = ", ".join(f"{key}{list(shape)}" for key, shape in shapes.items() if key.startswith("steps/"))
+    known = "; ".join(
+        f"{name}: {' + '.join(spec.action)}[{spec.convention.size}], {' + '.join(spec.state)}"
+        f"[{len(spec.state_names)}], {spec.language}, {', '.join(spec.marks)}"
+        for name, spec in LAYOUTS.items()
+    )
+    raise InputError(
+        f"no known dataset layout, it has {keys}", where=described.folder, fix=f"known layouts are {known}"
+    )
 
 
 def _bytes(example: dict[str, Feature], key: str, place: str) -> list[bytes]:
@@ -347,27 +275,3 @@ def _bytes(example: dict[str, Feature], key: str, place: str) -> list[bytes]:
     if isinstance(value, np.ndarray):
         raise InputError(f"'{key}' holds numbers where bytes belong", where=place)
     return value
-
-
-def _floats(
-    example: dict[str, Feature], key: str, dataset: RldsDataset, names: tuple[str, ...], place: str
-) -> np.ndarray:
-    """A number feature as (T, D); records hold it flat."""
-    value, width = example.get(key), dataset.shapes[key][0]
-    if not isinstance(value, np.ndarray) or value.size == 0 or value.size % width:
-        size = len(value) if value is not None else 0
-        raise InputError(f"'{key}' has {size} values, expected a multiple of {width}", where=place)
-    rows = value.reshape(-1, width).astype(np.float32)
-    if not np.isfinite(rows).all():
-        step, index = np.argwhere(~np.isfinite(rows))[0]
-        what = "NaN" if np.isnan(rows[step, index]) else "infinite"
-        what = f"'{key}' is {what} in dimension {index} ({names[index]})"
-        raise InputError(what, where=f"{place}, step {step}", fix="repair or drop the episode")
-    return rows
-
-
-def _same_length(parts: dict[str, Any], place: str) -> None:
-    lengths = {name: len(part) for name, part in parts.items()}
-    if len(set(lengths.values())) > 1:
-        listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise InputError(f"features of unequal length: {listing}", where=place, fix="drop the episode")

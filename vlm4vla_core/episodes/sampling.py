@@ -1,41 +1,138 @@
 """Which rows a training step sees, and what its action targets are: pure functions, no state to save.
 
-The data order is a function of (seed, step) alone, so a resumed run needs no sampler state.
-Trap: statistics must be those of the *transformed* actions, and the gripper (last) is never normalised.
+The *global* batch is a function of (seed, step) alone, so a resumed run needs no sampler state. Each of several
+processes takes its slice of it, so the data do not depend on how many there are, nor on how many workers decode.
+Trap: `batch_size` is that of all processes together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlm4vla_core.episodes.normalise import quantile_denormalise, quantile_normalise
+from vlm4vla_core.errors import InputError
+
 if TYPE_CHECKING:
     from vlm4vla_core.episodes.store import EpisodeStore
 
+__all__ = [
+    "action_chunks", "batch_rows", "mixed_batch", "quantile_denormalise", "quantile_normalise", "rank_slice",
+    "split_episodes",
+]  # fmt: skip
+_BLOCK = 4096  # samples of a mixture in which every part has its exact share
 
-def batch_rows(candidates: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
+
+def rank_slice(batch_size: int, rank: int, world: int) -> slice:
+    """The places of a global batch that process `rank` of `world` handles: equal, in order, and all of them together.
+
+    Raises InputError when the batch does not divide evenly, which would weigh samples unequally.
+    """
+    if batch_size % world or not 0 <= rank < world:
+        what = f"a global batch of {batch_size} does not divide among {world} processes"
+        raise InputError(what, fix=f"use a multiple of {world}, such as {-(-batch_size // world) * world}")
+    each = batch_size // world
+    return slice(rank * each, (rank + 1) * each)
+
+
+def batch_rows(
+    candidates: np.ndarray, batch_size: int, seed: int, step: int, *, rank: int = 0, world: int = 1
+) -> np.ndarray:
     """The rows of training step `step` (from 0): every candidate once per epoch, in a new order each epoch.
 
-    candidates: (n,) row numbers. Returns (batch_size,) of them. A batch at the end of an epoch is filled from
-    the next one, so a batch larger than `candidates` spans several epochs. Raises ValueError on no candidates.
+    candidates: (n,) row numbers. Returns (batch_size / world,) of them, process `rank`'s slice. A batch at the end of
+    an epoch is filled from the next one, so a batch larger than `candidates` spans several epochs.
+    Raises ValueError on no candidates, InputError as `rank_slice`.
     """
+    _check(batch_size, step)
+    position = step * batch_size + np.arange(batch_size)[rank_slice(batch_size, rank, world)]
+    return _at(np.asarray(candidates), position, seed)
+
+
+def mixed_batch(
+    candidates: Sequence[np.ndarray],
+    weights: Sequence[float],
+    batch_size: int,
+    seed: int,
+    step: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A batch out of several sets of candidates: which set (B,) and which row of it (B,), the slice of process `rank`.
+
+    Each set is drawn in proportion to its weight and gives all its rows once per epoch of its own. In every
+    4,096 samples a set appears exactly its share (to 1/4096 of the total), in random order, which is what lets a
+    sample's row be computed from its place alone. Raises InputError on weights that are not positive or below 1/4096
+    of their sum.
+    """
+    _check(batch_size, step)
+    weights = tuple(float(weight) for weight in weights)
+    if len(weights) != len(candidates):
+        raise ValueError(f"{len(weights)} weights for {len(candidates)} sets")
+    position = step * batch_size + np.arange(batch_size)[rank_slice(batch_size, rank, world)]
+    block, inside = np.divmod(position, _BLOCK)
+    which, row = np.empty(len(position), np.int64), np.empty(len(position), np.int64)
+    for value in np.unique(block):
+        here = block == value
+        sets, places = _block(weights, seed, int(value))
+        which[here], row[here] = sets[inside[here]], places[inside[here]]
+    for number, rows in enumerate(candidates):
+        mine = which == number
+        row[mine] = _at(np.asarray(rows), row[mine], seed, number)
+    return which, row
+
+
+@lru_cache(maxsize=8)
+def _block(weights: tuple[float, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """For the samples of one block: the set (_BLOCK,) and how many samples that set has given before (_BLOCK,)."""
+    shares = _shares(weights)
+    which = np.repeat(np.arange(len(shares)), shares)[_permutation(_BLOCK, seed, block, _MIX)]
+    place = np.empty(_BLOCK, np.int64)
+    for number, share in enumerate(shares):
+        place[which == number] = block * share + np.arange(share)
+    return which, place
+
+
+_MIX = 1 << 31  # keeps the choice of sets apart from the orders within sets
+
+
+def _check(batch_size: int, step: int) -> None:
+    if batch_size < 1 or step < 0:
+        raise ValueError(f"no batch of {batch_size} at step {step}")
+
+
+def _shares(weights: tuple[float, ...]) -> np.ndarray:
+    """(k,) integers in proportion to the weights, of the sum _BLOCK (largest remainders)."""
+    sound = bool(weights) and all(0 < weight < np.inf for weight in weights)
+    exact = np.array(weights) / sum(weights) * _BLOCK if sound else np.zeros(1)
+    if exact.min() < 1:
+        what = f"weights {', '.join(f'{weight:g}' for weight in weights) or 'none'} make no mixture"
+        raise InputError(what, fix=f"give positive weights, each at least 1/{_BLOCK} of their sum")
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: _BLOCK - shares.sum()]] += 1
+    return shares
+
+
+def _at(candidates: np.ndarray, position: np.ndarray, seed: int, *key: int) -> np.ndarray:
+    """Candidates at places of the endless sequence of their epochs; the order of each epoch is drawn anew."""
     n = len(candidates)
-    if n == 0 or batch_size < 1 or step < 0:
-        raise ValueError(f"no batch of {batch_size} out of {n} candidates at step {step}")
-    position = step * batch_size + np.arange(batch_size)  # (B,) place in the endless sequence of epochs
+    if n == 0:
+        raise ValueError("no batch out of 0 candidates")
     epoch, place = np.divmod(position, n)
-    order = np.empty(batch_size, np.int64)
+    order = np.empty(len(position), np.int64)
     for value in np.unique(epoch):
         here = epoch == value
-        order[here] = _permutation(n, seed, int(value))[place[here]]
-    return np.asarray(candidates)[order]
+        order[here] = _permutation(n, seed, int(value), *key)[place[here]]
+    return candidates[order]
 
 
-@lru_cache(maxsize=4)  # steps of one epoch share a permutation; two epochs meet in one batch
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+@lru_cache(maxsize=16)  # steps of one epoch share a permutation; two epochs of each set meet in one batch
+def _permutation(n: int, *key: int) -> np.ndarray:
+    return np.random.default_rng(key).permutation(n)
 
 
 def split_episodes(store: EpisodeStore, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -77,32 +174,3 @@ def action_chunks(
     mask = (index < len(action)) & (episode_of[inside] == episode_of[rows][:, None])
     last = rows + mask.sum(axis=1) - 1  # rows of an episode are together, so the mask is a prefix
     return action[np.minimum(index, last[:, None])].astype(np.float32, copy=False), mask
-
-
-def quantile_normalise(action: np.ndarray, q01: np.ndarray, q99: np.ndarray) -> np.ndarray:
-    """OpenVLA's rule: 2 (a - q01) / (q99 - q01 + 1e-8) - 1, clipped to [-1, 1]; the last dimension is left alone.
-
-    action: (..., A) physical units; q01, q99: (A,). Returns float32 (..., A). A dimension with q01 = q99 becomes 0.
-    """
-    low, high, constant = _bounds(q01, q99)
-    out = np.array(action, dtype=np.float32)
-    scaled = np.clip(2 * (out - low) / (high - low + np.float32(1e-8)) - 1, -1, 1)
-    out[..., :-1] = np.where(constant, np.float32(0), scaled)[..., :-1]
-    return out
-
-
-def quantile_denormalise(action: np.ndarray, q01: np.ndarray, q99: np.ndarray) -> np.ndarray:
-    """The way back of `quantile_normalise` (what was clipped stays clipped); shapes as there.
-
-    A dimension with q01 = q99 becomes q01 whatever was predicted.
-    """
-    low, high, constant = _bounds(q01, q99)
-    out = np.array(action, dtype=np.float32)
-    physical = (out + 1) / 2 * (high - low + np.float32(1e-8)) + low
-    out[..., :-1] = np.where(constant, low, physical)[..., :-1]
-    return out
-
-
-def _bounds(q01: np.ndarray, q99: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    low, high = np.asarray(q01, np.float32), np.asarray(q99, np.float32)
-    return low, high, low == high

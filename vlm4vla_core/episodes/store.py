@@ -1,18 +1,21 @@
 """The episode store: robot data as one folder of memory-mapped Arrow files, one row per time step.
 
 Layout: `dataset.json` (the manifest, written last), `stats.json`, `episodes.arrow` (one row per episode) and
-`steps-00000.arrow`… of `STEPS_PER_SHARD` rows each: episode, step, state, action, further declared columns
-(fixed-size float32 lists) and `image/<camera>` (JPEG bytes, already at the training size).
+`steps-….arrow` (shards of whole episodes, in the order that the manifest lists): state, action, further declared
+columns (fixed-size float32 lists), `image/<camera>` (JPEG or raw bytes, already at the training size),
+`depth/<camera>` and `segmentation/<camera>` (packed without loss). docs/episodes.md describes it in full.
 Equal episodes give equal bytes, so the fingerprint in the manifest names the content.
 
 Trap: images are JPEG and so not exactly what the source held, unless the source's own JPEG bytes were copied
-(they are, wherever the size already fits).
+(they are, wherever the size already fits) or the encoding is raw.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +23,9 @@ import numpy as np
 
 from vlm4vla_core import folders, images
 from vlm4vla_core.actions import ActionConvention
-from vlm4vla_core.episodes.writer import KIND, MANIFEST, Episode, Writer, statistics
+from vlm4vla_core.episodes.assemble import finish, statistics
+from vlm4vla_core.episodes.frames import LAYERS, unpack
+from vlm4vla_core.episodes.writer import KIND, MANIFEST, Episode, Recipe, Writer
 from vlm4vla_core.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ def write_store(
     image_size: int | None = None,
     jpeg_quality: int = 95,
     jpeg_444: bool = False,
+    encoding: str = "jpeg",
     column_names: Mapping[str, tuple[str, ...]] | None = None,
     provenance_note: str = "",
     progress: Callable[[int], Any] | None = None,
@@ -52,27 +58,31 @@ def write_store(
     """Write episodes, consumed one at a time, into a store folder that appears whole or not at all.
 
     config, inputs: what decides the content (see `folders.current`). image_size: square training size; None
-    keeps the source's. column_names: the names within each further column. progress: called with the number of
-    steps of each episode written, such as a bar's `update`. account: called after the last episode; what it
-    returns (what the reader left out, say) goes into the manifest. Raises InputError on no episodes, on an episode
-    that is empty, has NaN or infinite state or action, or does not have the shapes of the first one, and when `out`
-    holds something that is no store.
+    keeps the source's. encoding: "jpeg" or "raw". column_names: the names within each further column. progress: called
+    with the number of steps of each episode written, such as a bar's `update`. account: called after the last
+    episode; what it returns (what the reader left out, say) goes into the manifest. Raises InputError on no episodes,
+    on an episode that is empty, has NaN or infinite state or action, or does not have the shapes of the first one, and
+    when `out` holds something that is no store.
     """
     out = Path(out)
+    columns = dict(column_names or {})
+    recipe = Recipe(convention, tuple(state_names), image_size, jpeg_quality, jpeg_444, encoding, columns)
     with folders.new_folder(out, KIND) as folder:
-        writer = Writer(folder, convention, state_names, image_size, jpeg_quality, jpeg_444, dict(column_names or {}))
+        writer = Writer(folder, recipe)
         for episode in episodes:
             writer.add(episode)
             if progress:
                 progress(len(episode.action))
-        facts = {"source": source, "transform": transform, "provenance_note": provenance_note}
-        writer.finish(config=config, inputs=inputs, **facts, account=dict(account()) if account else {})
+        part = writer.close()
+        facts: dict[str, Any] = {"source": source, "transform": transform, "provenance_note": provenance_note}
+        told = {**({"notes": part.notes} if part.notes else {}), **(account() if account else {})}
+        finish(folder, [part], recipe, config=config, inputs=inputs, account=told, **facts)
     return EpisodeStore.open(out)
 
 
 class _Shard(NamedTuple):
     table: pa.Table
-    images: dict[str, tuple[np.ndarray, memoryview]]  # camera -> offsets (n + 1,), all JPEG bytes
+    frames: dict[str, tuple[np.ndarray, memoryview]]  # column -> offsets (n + 1,), all bytes
 
 
 class EpisodeStore:
@@ -97,9 +107,10 @@ class EpisodeStore:
         self.cameras = tuple(manifest["cameras"])
         self.fingerprint = manifest["fingerprint"]
         self._table = _read_arrow(path / "episodes.arrow")
-        names = sorted(name for name in manifest["files"] if name.startswith("steps-"))
-        self._shards = [self._shard(path / name) for name in names]
-        self._starts = np.cumsum([0, *(len(shard.table) for shard in self._shards)])  # (shards + 1,)
+        self.raw = manifest.get("images", {}).get("encoding") == "raw"
+        names = manifest.get("shards") or sorted(name for name in manifest["files"] if name.startswith("steps-"))
+        self._shards = [_open_shard(path / name) for name in names]
+        self._starts = [0, *accumulate(len(shard.table) for shard in self._shards)]  # a list: bisect beats searchsorted
 
     @classmethod
     def open(cls, path: Path | str, *, hashes: bool = False) -> EpisodeStore:
@@ -123,20 +134,11 @@ class EpisodeStore:
             raise InputError(f"damaged episode store ({reason})", where=path, fix=REMAKE) from None
         return store
 
-    def _shard(self, path: Path) -> _Shard:
-        table = _read_arrow(path)
-        views = {}
-        for camera in self.cameras:
-            array = table.column(f"image/{camera}").chunk(0)
-            _, offsets, data = array.buffers()
-            views[camera] = (np.frombuffer(offsets, np.int64)[: len(array) + 1], memoryview(data).cast("B"))
-        return _Shard(table, views)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return EpisodeStore.open, (self.path,)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __repr__(self) -> str:
         return f"EpisodeStore({str(self.path)!r}, {len(self.lengths)} episodes, {len(self)} steps)"
@@ -180,8 +182,10 @@ class EpisodeStore:
 
         Raises InputError when the store has no such column.
         """
-        if name not in self._shards[0].table.column_names or name.startswith("image/"):
-            known = [column for column in self._shards[0].table.column_names if not column.startswith("image/")]
+        if name in ("episode", "step"):  # of the table, not of the shards: a shard does not know its place
+            return self.episode_of if name == "episode" else self.step_of
+        known = [key for key in self._shards[0].table.column_names if key not in self._shards[0].frames]
+        if name not in known:
             raise InputError(f"no column '{name}' in the store", where=self.path, fix=nearest(name, known))
         parts = [_numpy(shard.table.column(name).chunk(0)) for shard in self._shards]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)  # one shard: a view of the mapped file
@@ -210,45 +214,99 @@ class EpisodeStore:
     @cached_property
     def episode_of(self) -> np.ndarray:
         """(N,) int32: the episode each row belongs to."""
-        return self.column("episode")
+        rows = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+        rows.flags.writeable = False
+        return rows
 
     @cached_property
     def step_of(self) -> np.ndarray:
         """(N,) int32: the step within its episode."""
-        return self.column("step")
+        rows = (np.arange(len(self)) - np.repeat(self.starts, self.lengths)).astype(np.int32)
+        rows.flags.writeable = False
+        return rows
 
     # --- images
 
-    def _view(self, camera: str, row: int) -> memoryview:
-        if camera not in self.cameras:
-            raise InputError(f"no camera '{camera}' in the store", where=self.path, fix=nearest(camera, self.cameras))
+    def _view(self, kind: str, camera: str, row: int) -> memoryview:
+        declared = self.manifest.get("cameras" if kind == "image" else kind, {})
+        if camera not in declared:
+            what = f"no {'camera' if kind == 'image' else kind + ' of camera'} '{camera}' in the store"
+            raise InputError(what, where=self.path, fix=nearest(camera, declared))
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store with {len(self)} steps")
-        index = int(np.searchsorted(self._starts, row, side="right")) - 1
-        offsets, data = self._shards[index].images[camera]
-        place = row - int(self._starts[index])
+        index = bisect_right(self._starts, row) - 1
+        offsets, data = self._shards[index].frames[f"{kind}/{camera}"]
+        place = row - self._starts[index]
         return data[offsets[place] : offsets[place + 1]]
 
     def jpeg(self, camera: str, row: int) -> bytes:
-        """The encoded image of one camera at one row. Raises InputError on an unknown camera."""
-        return bytes(self._view(camera, int(row)))
+        """The image of one camera at one row as JPEG: the stored bytes, or made of them in a raw store.
+
+        Raises InputError on an unknown camera.
+        """
+        if self.raw:
+            return images.encode(self.images(camera, [row])[0], full_colour=True)
+        return bytes(self._view("image", camera, int(row)))
 
     def images(self, camera: str, rows: Iterable[int] | np.ndarray, size: int | None = None) -> np.ndarray:
         """Decoded images of one camera: uint8 (len(rows), H, W, 3), resized to `size` when given.
 
-        Raises InputError on an unknown camera and on bytes that are no image.
+        Raises InputError on an unknown camera and on bytes that are no image of the declared size.
         """
         rows = [int(row) for row in rows]
-        views = [self._view(camera, row) for row in rows]
-        height, width = self.manifest["cameras"].get(camera, (0, 0))
-        out = np.empty((len(views), height, width, 3), np.uint8)
+        views = [self._view("image", camera, row) for row in rows]
+        out = np.empty((len(views), *self.manifest["cameras"].get(camera, (0, 0)), 3), np.uint8)
         for place, (row, view) in enumerate(zip(rows, views, strict=True)):
             try:
-                out[place] = images.decode(view)
+                if self.raw:
+                    out[place] = np.frombuffer(view, np.uint8).reshape(out.shape[1:])
+                else:
+                    images.decode_into(view, out[place])
             except ValueError as error:
                 what = f"damaged image of camera '{camera}' at row {row} ({error})"
                 raise InputError(what, where=self.path, fix=REMAKE) from None
         return images.resize(out, size) if size else out
+
+    def depth(self, camera: str, rows: Iterable[int] | np.ndarray) -> np.ndarray:
+        """Depth of one camera: uint16 (len(rows), H, W) in units of `manifest["depth"][camera]["unit"]` metres.
+
+        Raises InputError on a camera without depth and on damaged bytes.
+        """
+        return self._layer("depth", camera, rows)
+
+    def segmentation(self, camera: str, rows: Iterable[int] | np.ndarray) -> np.ndarray:
+        """Segmentation of one camera: uint8 (len(rows), H, W) labels. Raises InputError as `depth`."""
+        return self._layer("segmentation", camera, rows)
+
+    def _layer(self, kind: str, camera: str, rows: Iterable[int] | np.ndarray) -> np.ndarray:
+        rows = [int(row) for row in rows]
+        views = [self._view(kind, camera, row) for row in rows]
+        shape = tuple(self.manifest.get(kind, {}).get(camera, {}).get("size", (0, 0)))
+        out = np.empty((len(views), *shape), LAYERS[kind])
+        for place, (row, view) in enumerate(zip(rows, views, strict=True)):
+            try:
+                out[place] = unpack(view, LAYERS[kind], shape)
+            except ValueError as error:
+                what = f"damaged {kind} of camera '{camera}' at row {row} ({error})"
+                raise InputError(what, where=self.path, fix=REMAKE) from None
+        return out
+
+
+def _open_shard(path: Path) -> _Shard:
+    """Map one shard; the bytes of its frames are reached without Arrow, which costs more than looking them up."""
+    import pyarrow as pa
+
+    table = _read_arrow(path)
+    found = {}
+    for name in table.column_names:
+        array = table.column(name).chunk(0)
+        if pa.types.is_large_binary(array.type):
+            _, offsets, data = array.buffers()
+            found[name] = (np.frombuffer(offsets, np.int64)[: len(array) + 1], memoryview(data).cast("B"))
+        elif pa.types.is_fixed_size_binary(array.type):
+            offsets = np.arange(len(array) + 1, dtype=np.int64) * array.type.byte_width
+            found[name] = (offsets, memoryview(array.buffers()[1]).cast("B"))
+    return _Shard(table, found)
 
 
 def _numpy(array: pa.Array) -> np.ndarray:

@@ -9,9 +9,12 @@ Trap: `bridge_orig` replaces the commanded motion by the motion that followed, w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
+from vlm4vla_core.actions import ActionConvention
+from vlm4vla_core.episodes.rotations import SIZES, convert_rotation
 from vlm4vla_core.errors import InputError, nearest
 
 NO_MOTION = 1e-4  # LIBERO: norm of an action's six motion numbers below which it does nothing
@@ -86,7 +89,21 @@ def calvin_relative(actions: np.ndarray, robot_obs: np.ndarray) -> np.ndarray:
     return np.concatenate([*motion, actions[:, 6:]], axis=1)
 
 
-TRANSFORMS: dict[str, Transform] = {"none": none, "bridge_orig": bridge_orig}
+def _calvin_relative(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return none(calvin_relative(action, state), state)
+
+
+def _no_noops(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.flatnonzero(~no_ops(action))
+    return np.asarray(action, np.float32)[kept], kept
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "none": none,
+    "bridge_orig": bridge_orig,
+    "calvin_relative": _calvin_relative,
+    "libero_no_noops": _no_noops,
+}
 
 
 def transform_named(name: str) -> Transform:
@@ -94,3 +111,48 @@ def transform_named(name: str) -> Transform:
     if name not in TRANSFORMS:
         raise InputError(f"unknown transform '{name}'", fix=nearest(name, TRANSFORMS))
     return TRANSFORMS[name]
+
+
+# --- between conventions
+
+
+def convert(actions: np.ndarray, source: ActionConvention, target: ActionConvention) -> np.ndarray:
+    """Actions (..., A) of one convention in another one, (..., B) float64, exactly.
+
+    What converts: the gripper's two values (linearly between them), and the representation of a rotation given in rad,
+    which stands between three numbers of motion and the gripper. Names and units of the rotation follow it.
+    Raises InputError naming everything else that differs: frame, rate, relative or absolute, scaling, units, names.
+    """
+    actions = np.asarray(actions, np.float64)
+    if actions.shape[-1] != source.size:
+        raise ValueError(f"{source.size} numbers per action are declared, got shape {actions.shape}")
+    turned = source.rotation != target.rotation
+    wrong = _around(source, turned).differences(_around(target, turned))
+    for side in (source, target):
+        if turned and not (side.rotation in SIZES and side.size == SIZES[side.rotation] + 4 and _plain(side)):
+            wrong.append(f"rotation {side.rotation} in {', '.join(side.units[3:-1]) or 'no numbers'}")
+        if side.gripper_open == side.gripper_closed:
+            wrong.append(f"a gripper that is {side.gripper_open:g} both open and closed")
+    if wrong:
+        raise InputError(f"these actions cannot be converted: {'; '.join(wrong)}", fix="only gripper and rotation can")
+    motion, gripper = actions[..., :-1], actions[..., -1:]
+    if turned:
+        rotation = convert_rotation(motion[..., 3:], source.rotation, target.rotation)
+        motion = np.concatenate([motion[..., :3], rotation], -1)
+    if (source.gripper_open, source.gripper_closed) != (target.gripper_open, target.gripper_closed):
+        openness = (gripper - source.gripper_closed) / (source.gripper_open - source.gripper_closed)
+        gripper = target.gripper_closed + openness * (target.gripper_open - target.gripper_closed)
+    return np.concatenate([motion, gripper], -1)
+
+
+def _plain(convention: ActionConvention) -> bool:
+    return set(convention.units[3:-1]) == ({"rad"} if convention.rotation in ("euler_xyz", "axis_angle") else {"1"})
+
+
+def _around(convention: ActionConvention, turned: bool) -> ActionConvention:
+    """The convention without what `convert` takes care of."""
+    rest = replace(convention, gripper_open=1.0, gripper_closed=0.0)
+    if not turned:
+        return rest
+    names, units = (values[:3] + values[-1:] for values in (rest.names, rest.units))
+    return replace(rest, rotation="none", names=names, units=units)

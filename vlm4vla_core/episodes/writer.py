@@ -1,22 +1,25 @@
-"""Writing of episode stores: the episode in memory, its checks, and the shards it goes into.
+"""Writing of episodes: the episode in memory, its checks, and the shards it goes into.
 
-Use `store.write_store`; this file is its inside.
+A `Writer` makes one part of a store: some shards and a `Part` that says what is in them. `assemble` joins parts into
+a store; `store.write_store` does both for episodes at hand, `conversion` for parts made by many processes.
 Trap: the first episode declares cameras, image sizes and further columns, and all others must agree with it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm4vla_core import folders, images
+from vlm4vla_core import folders
 from vlm4vla_core.actions import ActionConvention
+from vlm4vla_core.episodes import frames
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 KIND, MANIFEST = "episodes", folders.STORE_MANIFEST
 STEPS_PER_SHARD = 4096
-_STEP_COLUMNS = ("episode", "step", "state", "action")
+BYTES_PER_SHARD = 1 << 26  # of pictures; bounds the memory of a writer
+_RESERVED = ("episode", "step", "state", "action")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,11 @@ class Episode:
 
     images: camera -> T encoded images, or uint8 (T, H, W, 3). state: (T, S). action: (T, A), already
     transformed, in physical units. columns: declared further floats, each (T, k), such as "truth/objects".
-    split: "train" or "val". source: file and record. info: short texts that become columns of the episode table.
+    depth: camera -> uint16 (T, H, W) in units of `depth_unit` metres, 0 where unknown; segmentation: camera -> uint8
+    (T, H, W) labels; both are kept losslessly and never resized. split: "train" or "val". source: file and record.
+    info: short texts that become columns of the episode table ("domain" and "seed" also go into the manifest).
+    notes: what was mended while reading -> how often, such as {"absent images of image_1 stored black": 3}; the
+    store's account adds them up.
     """
 
     instruction: str
@@ -44,169 +52,172 @@ class Episode:
     split: str = "train"
     source: str = ""
     info: dict[str, str] = field(default_factory=dict)
+    depth: dict[str, np.ndarray] = field(default_factory=dict)
+    depth_unit: float = 0.001
+    segmentation: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How episodes are stored. Picklable, and its `to_dict` decides the bytes together with the episodes.
+
+    image_size: square training size in pixels, None keeps the source's. full_colour: JPEG 4:4:4, for renders.
+    encoding: "jpeg", or "raw" for uint8 of fixed size. columns: names within each further column.
+    """
+
+    convention: ActionConvention
+    state_names: tuple[str, ...]
+    image_size: int | None = None
+    quality: int = 95
+    full_colour: bool = False
+    encoding: str = "jpeg"
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "convention": self.convention.to_dict()}
+
+
+@dataclass
+class Part:
+    """What one writer made, as JSON values: its shards with their rows, its episodes' table and their declarations.
+
+    rows: one dict per episode, with the number of its shard under "shard". layers: "depth" or "segmentation" ->
+    camera -> size and unit. left_out, notes: counted reasons.
+    """
+
+    shards: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    cameras: dict[str, list[int]] = field(default_factory=dict)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What all parts of a store must agree on."""
+        return {"cameras": self.cameras, "columns": self.columns, **self.layers}
 
 
 class Writer:
-    """Collects steps and writes a shard whenever `STEPS_PER_SHARD` of them are there."""
+    """Checks and encodes episodes and writes a shard of whole episodes whenever enough of them are there."""
 
-    def __init__(
-        self,
-        folder: Path,
-        convention: ActionConvention,
-        state_names: tuple[str, ...],
-        image_size: int | None,
-        quality: int,
-        full_colour: bool,
-        column_names: dict[str, tuple[str, ...]],
-    ) -> None:
-        self.folder, self.convention, self.state_names = folder, convention, tuple(state_names)
-        self.image_size, self.quality, self.full_colour = image_size, quality, full_colour
-        self.columns = {name: list(names) for name, names in column_names.items()}
-        self.cameras: dict[str, tuple[int, int]] = {}  # camera -> height, width; set by the first episode
-        self.table: list[dict[str, Any]] = []
-        self.pending: list[dict[str, Any]] = []  # per episode piece: column -> array or list of bytes
-        self.held = self.steps = self.shards = 0
-        self.values: dict[str, list[np.ndarray]] = {"action": [], "state": []}
+    def __init__(self, folder: Path, recipe: Recipe, prefix: str = "steps-") -> None:
+        self.folder, self.recipe, self.prefix = folder, recipe, prefix
+        self.part = Part(columns={name: list(names) for name, names in recipe.columns.items()})
+        self.pending: list[dict[str, Any]] = []  # per episode: column -> array or list of bytes
+        self.steps = self.bytes = 0  # pending ones
 
     def add(self, episode: Episode) -> None:
-        """Check one episode, encode its images and queue its steps."""
-        where = episode.source or f"episode {len(self.table)}"
+        """Check one episode, encode its images and queue its steps. Raises InputError naming episode and step."""
+        part = self.part
+        where = episode.source or f"episode {len(part.rows)}"
         length = len(episode.action)
         if length == 0:
             raise InputError("an episode without steps", where=where, fix="leave it out")
         if episode.split not in ("train", "val"):
             raise InputError(f"unknown split '{episode.split}'", where=where, fix="use 'train' or 'val'")
         piece: dict[str, Any] = {
-            "episode": np.full(length, len(self.table), np.int32),
-            "step": np.arange(length, dtype=np.int32),
-            "state": _floats("state", episode.state, length, self.state_names, where, finite=True),
-            "action": _floats("action", episode.action, length, self.convention.names, where, finite=True),
+            "state": _floats("state", episode.state, length, self.recipe.state_names, where, finite=True),
+            "action": _floats("action", episode.action, length, self.recipe.convention.names, where, finite=True),
         }
-        if not self.table:
+        if not part.rows:
             self._declare(episode, where)
-        _same_names("camera", self.cameras, episode.images, where)
-        _same_names("column", self.columns, episode.columns, where)
-        for name, names in self.columns.items():
+        _same_names("camera", part.cameras, episode.images, where)
+        _same_names("column", part.columns, episode.columns, where)
+        for name, names in part.columns.items():
             piece[name] = _floats(name, episode.columns[name], length, tuple(names), where, finite=False)
         digest = hashlib.sha256(piece["action"].tobytes() + piece["state"].tobytes())
-        for camera in self.cameras:
-            frames = self._encode(camera, episode.images[camera], length, where)
-            digest.update(frames[0])
-            piece[f"image/{camera}"] = frames
-        row = {"episode": len(self.table), "start": self.steps, "length": length, "instruction": episode.instruction}
+        for camera in part.cameras:
+            piece[f"image/{camera}"] = self._encode(camera, episode.images[camera], length, where)
+            digest.update(piece[f"image/{camera}"][0])
+        for layer, dtype in frames.LAYERS.items():
+            given = getattr(episode, layer)
+            _same_names(layer, part.layers[layer], given, where)
+            for camera, declared in part.layers[layer].items():
+                shape = (length, *declared["size"])
+                if given[camera].dtype != dtype or given[camera].shape != shape:
+                    what = f"{layer} of camera '{camera}' is {given[camera].dtype} {given[camera].shape}"
+                    raise InputError(f"{what}, expected {np.dtype(dtype)} {shape}", where=where)
+                if declared["unit"] != (episode.depth_unit if layer == "depth" else 1):
+                    raise InputError(f"the unit of depth changes to {episode.depth_unit} m", where=where)
+                piece[f"{layer}/{camera}"] = [frames.pack(frame) for frame in given[camera]]
+        row = {"shard": len(part.shards), "length": length, "instruction": episode.instruction}
         row |= {"split": episode.split, "source": episode.source, "content": digest.hexdigest()[:16]}
-        if clash := sorted(set(row) & set(episode.info)):
+        if clash := sorted({*row, "episode", "start"} & set(episode.info)):
             raise InputError(f"info may not be named {', '.join(clash)}", where=where)
-        self.table.append(row | {key: str(value) for key, value in episode.info.items()})
-        for name, kept in self.values.items():
-            kept.append(piece[name])
+        part.rows.append(row | {key: str(value) for key, value in episode.info.items()})
+        for note, count in episode.notes.items():
+            part.notes[note] = part.notes.get(note, 0) + count
         self.pending.append(piece)
-        self.held += length
         self.steps += length
-        while self.held >= STEPS_PER_SHARD:
-            self._flush(STEPS_PER_SHARD)
+        self.bytes += sum(sum(map(len, value)) for value in piece.values() if isinstance(value, list))
+        if self.steps >= STEPS_PER_SHARD or self.bytes >= BYTES_PER_SHARD:
+            self._flush()
 
     def _declare(self, episode: Episode, where: str) -> None:
-        """Take cameras and further columns from the first episode."""
+        """Take cameras, layers and further columns from the first episode."""
         for name, value in episode.columns.items():
-            if name in _STEP_COLUMNS or name.startswith("image/"):
+            if name in _RESERVED or name.startswith(("image/", *(f"{layer}/" for layer in frames.LAYERS))):
                 raise InputError(f"a further column may not be named '{name}'", where=where)
-            shape = np.shape(value)
-            width = shape[1] if len(shape) == 2 else 0
-            self.columns.setdefault(name, [str(index) for index in range(width)])
-        self.cameras = dict.fromkeys(episode.images, (0, 0))
+            width = np.shape(value)[1] if np.ndim(value) == 2 else 0
+            self.part.columns.setdefault(name, [str(index) for index in range(width)])
+        self.part.cameras = {camera: [0, 0] for camera in episode.images}
+        for layer in frames.LAYERS:
+            unit = episode.depth_unit if layer == "depth" else 1
+            given = getattr(episode, layer).items()
+            self.part.layers[layer] = {camera: {"size": list(value.shape[1:]), "unit": unit} for camera, value in given}
 
-    def _encode(self, camera: str, frames: list[bytes] | np.ndarray, length: int, where: str) -> list[bytes]:
-        """T JPEG byte strings at the training size; the source's own bytes wherever they already fit."""
-        if len(frames) != length:
-            raise InputError(f"{len(frames)} images of camera '{camera}' for {length} steps", where=where)
-        encoded = []
-        for step, frame in enumerate(frames):
+    def _encode(self, camera: str, given: list[bytes] | np.ndarray, length: int, where: str) -> list[bytes]:
+        """T byte strings of one size."""
+        if len(given) != length:
+            raise InputError(f"{len(given)} images of camera '{camera}' for {length} steps", where=where)
+        recipe, cameras = self.recipe, self.part.cameras
+        raw, encoded = recipe.encoding == "raw", []
+        for step, frame in enumerate(given):
             try:
-                data, size = self._encode_one(frame)
+                data, size = frames.encode(
+                    frame, recipe.image_size, raw=raw, quality=recipe.quality, full_colour=recipe.full_colour
+                )
             except ValueError as error:
                 what = f"image of camera '{camera}' cannot be read ({error})"
                 raise InputError(what, where=f"{where}, step {step}", fix="drop the episode or the camera") from None
-            if self.cameras[camera] == (0, 0):
-                self.cameras[camera] = size
-            if size != self.cameras[camera]:
+            if cameras[camera] == [0, 0]:
+                cameras[camera] = list(size)
+            if list(size) != cameras[camera]:
                 raise InputError(
-                    f"camera '{camera}' changes its image size from {self.cameras[camera]} to {size}",
+                    f"camera '{camera}' changes its image size from {tuple(cameras[camera])} to {size}",
                     where=f"{where}, step {step}",
                     fix="give one image size for all",
                 )
             encoded.append(data)
         return encoded
 
-    def _encode_one(self, frame: bytes | np.ndarray) -> tuple[bytes, tuple[int, int]]:
-        import simplejpeg
-
-        if isinstance(frame, bytes):
-            if frame[:2] == images.JPEG_MAGIC:
-                height, width, *_ = simplejpeg.decode_jpeg_header(frame)
-                if self.image_size is None or (height, width) == (self.image_size, self.image_size):
-                    return frame, (height, width)
-            frame = images.decode(frame)
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-            raise ValueError(f"expected uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
-        picture = images.resize(frame[None], self.image_size)[0] if self.image_size else frame
-        return images.encode(picture, quality=self.quality, full_colour=self.full_colour), picture.shape[:2]
-
-    def _flush(self, rows: int) -> None:
-        """Write the first `rows` pending steps as one shard of one record batch."""
+    def _flush(self) -> None:
+        """Write the pending episodes as one shard of one record batch."""
         import pyarrow as pa
 
-        joined: dict[str, Any] = {}
-        for name in self.pending[0]:
-            parts = [piece[name] for piece in self.pending]
-            joined[name] = list(chain.from_iterable(parts)) if name.startswith("image/") else np.concatenate(parts)
-        self.pending = [{name: value[rows:] for name, value in joined.items()}]
-        self.held -= rows
         arrays: dict[str, pa.Array] = {}
-        for name, value in joined.items():
-            if name.startswith("image/"):
-                arrays[name] = pa.array(value[:rows], pa.large_binary())
-            elif value.ndim == 1:
-                arrays[name] = pa.array(value[:rows])
+        for name in list(self.pending[0]):
+            values = [piece.pop(name) for piece in self.pending]
+            if isinstance(values[0], list):
+                raw = self.recipe.encoding == "raw" and name.startswith("image/")
+                kind = pa.binary(len(values[0][0])) if raw else pa.large_binary()
+                arrays[name] = pa.array(chain.from_iterable(values), kind, size=self.steps)
             else:
-                flat = pa.array(np.ascontiguousarray(value[:rows]).reshape(-1))
-                arrays[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
-        _write_arrow(self.folder / f"steps-{self.shards:05d}.arrow", pa.RecordBatch.from_pydict(arrays))
-        self.shards += 1
+                joined = np.concatenate(values)
+                arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(joined.reshape(-1)), joined.shape[1])
+        name = f"{self.prefix}{len(self.part.shards):05d}.arrow"
+        write_arrow(self.folder / name, pa.RecordBatch.from_pydict(arrays))
+        self.part.shards.append(name)
+        self.pending, self.steps, self.bytes = [], 0, 0
 
-    def finish(self, *, config: Mapping[str, Any], inputs: Mapping[str, str], **facts: Any) -> None:
-        """Write the last shard, the episode table, the statistics and, last, the manifest."""
-        import pyarrow as pa
-
-        if not self.table:
-            raise InputError("no episodes", where=facts["source"], fix="nothing was written")
-        if self.held:
-            self._flush(self.held)
-        keys = list(dict.fromkeys(key for row in self.table for key in row))
-        kinds = {"episode": pa.int32(), "start": pa.int64(), "length": pa.int32()}
-        arrays = {key: pa.array([row.get(key, "") for row in self.table], kinds.get(key, pa.string())) for key in keys}
-        _write_arrow(self.folder / "episodes.arrow", pa.RecordBatch.from_pydict(arrays))
-        stats = {name: statistics(np.concatenate(kept)) for name, kept in self.values.items()}
-        counts = {
-            "episodes": len(self.table),
-            "steps": self.steps,
-            "instructions": len({row["instruction"] for row in self.table}),
-        }
-        folders.write_json(self.folder / "stats.json", {**stats, "count": self.steps, **counts})
-        folders.write_manifest(
-            self.folder,
-            KIND,
-            name=MANIFEST,
-            config=config,
-            inputs=inputs,
-            **facts,
-            convention=self.convention.to_dict(),
-            state_names=list(self.state_names),
-            cameras={camera: list(size) for camera, size in self.cameras.items()},
-            columns=self.columns,
-            counts=counts,
-            images={"size": self.image_size, "quality": self.quality, "colour": "444" if self.full_colour else "420"},
-        )
+    def close(self) -> Part:
+        """Write the last shard; what was made."""
+        if self.pending:
+            self._flush()
+        return self.part
 
 
 def _floats(what: str, value: Any, length: int, names: tuple[str, ...], where: str, *, finite: bool) -> np.ndarray:
@@ -232,20 +243,11 @@ def _same_names(what: str, known: Mapping[str, Any], given: Mapping[str, Any], w
         raise InputError(f"{what}s are {sorted(given)}, in earlier episodes {sorted(known)}", where=where)
 
 
-def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
+def write_arrow(path: Path, batch: pa.RecordBatch) -> None:
+    """Write one Arrow IPC file and flush it to the disk."""
     import pyarrow as pa
 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-
-
-def statistics(values: np.ndarray) -> dict[str, Any]:
-    """Per-dimension statistics of (N, D) values in float64, as lists of D numbers, and the count N.
-
-    Quantiles interpolate linearly (numpy's default), as in OpenVLA's dataset statistics; std is the population's.
-    """
-    values = np.asarray(values, np.float64)
-    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-    numbers = {"q01": q01, "q99": q99, "mean": values.mean(0), "std": values.std(0)}
-    numbers |= {"min": values.min(0), "max": values.max(0)}
-    return {name: value.tolist() for name, value in numbers.items()} | {"count": len(values)}
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,17 +1,21 @@
 """Convert real robot data into an episode store, the one format everything else reads.
 
-SRC of `rlds` is a TFDS folder (with dataset_info.json) or one of the two above it. BridgeV2's layout is known; its
-actions go through `bridge_orig`: the gripper settled and the motion taken from the states, as in OpenVLA. Cameras
-that are black everywhere, episodes without language and episodes that an earlier split has too are left out and
-reported. Issuing the same command again does nothing while the source files are unchanged.
+SRC is an RLDS/TFDS folder (or one of the two above it), a CALVIN folder, a folder or file of LIBERO demonstrations, a
+LeRobot folder (v2.0, v2.1, v3.0), or an episode store to be resized or cut down. Actions go through the transform that
+belongs to the data. Cameras that are black, episodes without language and episodes that an earlier split has too are
+left out and reported.
+
+What is finished survives a kill: the same command goes on from there, and does nothing when the store is there and the
+source files are unchanged. Several machines with a shared file system each do `--shard i/n`; the same command without
+--shard then finishes the store. The bytes do not depend on workers, machines or interruptions.
 
 Example: vlm4vla convert rlds bridge_dataset/1.0.0 --out stores/bridge --cameras image_0 --size 224
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,59 +24,70 @@ from tyro.conf import Positional
 
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.progress import progress
 
 if TYPE_CHECKING:
-    from vlm4vla_core.episodes.rlds import RldsDataset
-    from vlm4vla_core.episodes.store import Episode
+    from vlm4vla_core.episodes.source import Source
 
 
 @dataclass(frozen=True)
 class Args:
-    format: Positional[Literal["rlds"]]
+    format: Positional[Literal["rlds", "calvin", "libero", "lerobot", "store"]]
     """Format of the source."""
     src: Positional[Path]
-    """Folder of the source data."""
+    """Folder (or, of LIBERO, file) of the source data."""
     out: Path
     """Folder of the episode store to write."""
     cameras: tuple[str, ...] = ()
     """Cameras to keep; by default every one that shows anything."""
     size: int | None = None
-    """Square image size in pixels to resize to; by default the source's own images, byte for byte."""
+    """Square image size in pixels to resize to; by default the source's own images, byte for byte where JPEG."""
+    encoding: Literal["jpeg", "raw"] = "jpeg"
+    """JPEG, or raw uint8 images: ten times larger and faster to read, for small sets."""
     split: tuple[str, ...] = ()
     """Splits to read; by default train and val."""
-    transform: Literal["dataset", "none", "bridge_orig"] = "dataset"
-    """Action transform; `dataset` is the one that belongs to the dataset."""
+    transform: str = "dataset"
+    """Action transform; `dataset` is the one that belongs to the data, another name chooses among its own."""
+    workers: int | None = None
+    """Processes to convert with; by default one per core."""
+    shard: str = ""
+    """Do only part i of n (`2/4`), on one of n machines; the command without --shard finishes the store."""
     json: Path | None = None
     """Also write the summary as JSON to this file."""
 
 
 def run(args: Args) -> None:
-    from vlm4vla_core.episodes import rlds
+    from vlm4vla_core.episodes import conversion
+    from vlm4vla_core.episodes.checks import check_request, choose_splits
+    from vlm4vla_core.episodes.formats import open_source
 
     if args.size is not None and not 8 <= args.size <= 4096:
         raise InputError(f"--size {args.size} is no image size", fix="give pixels between 8 and 4096")
-    dataset = rlds.open_rlds(args.src)
-    splits = rlds.choose_splits(dataset, args.split)
-    for camera in args.cameras:
-        dataset.check_camera(camera)
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {args.workers}")
+    shard = _shard(args.shard)
+    source = open_source(args.format, args.src)
+    splits = choose_splits(source, args.split)
+    transform = source.transforms[0] if args.transform == "dataset" else args.transform
+    check_request(source, args.cameras, transform)
     config = {
         "verb": f"convert {args.format}",
-        "layout": dataset.layout_name,
-        "transform": dataset.layout.transform if args.transform == "dataset" else args.transform,
+        "name": source.name,
+        "transform": transform,
         "splits": list(splits),
         "cameras": list(dict.fromkeys(args.cameras)),  # in this order: the first is what training takes by default
         "size": args.size,
+        "encoding": args.encoding,
     }
-    inputs = {}
-    for path in progress(dataset.files(splits), what="fingerprints", unit="file"):
-        inputs[path.name] = f"{path.stat().st_size} bytes, sha256 {folders.file_fingerprint(path)}"
+    units = source.units(splits)
     rate = None
-    if folders.current(args.out, "episodes", config=config, inputs=inputs, name=folders.STORE_MANIFEST):
+    if conversion.up_to_date(args.out, source, units, config):
         print(f"{args.out} is up to date")
     else:
         folders.refuse_other(args.out, "episodes", name=folders.STORE_MANIFEST)
-        rate = _convert(args, dataset, config, inputs)
+        rate = _convert(args, source, splits, transform, config, shard)
+        if rate is None:
+            print(f"part {args.shard} is done; when all are, the same command without --shard finishes {args.out}")
+            return
     if args.json:
         manifest = folders.read_json(args.out / folders.STORE_MANIFEST)
         wanted = ("source", "transform", "counts", "cameras", "account", "fingerprint")
@@ -81,44 +96,63 @@ def run(args: Args) -> None:
         )
 
 
-def _convert(args: Args, dataset: RldsDataset, config: dict[str, Any], inputs: dict[str, str]) -> float:
-    """Write the store, print what came of it; returns images written per second."""
-    from vlm4vla_core.episodes import rlds, store
+def _shard(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers; (1, 1) when nothing is asked for. Raises InputError on anything else."""
+    if not text:
+        return 1, 1
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n) and int(n) > 1):
+        raise InputError(f"--shard {text} is no part of a whole", fix="give i/n, such as 2/4")
+    return int(i), int(n)
+
+
+def _convert(
+    args: Args,
+    source: Source,
+    splits: tuple[str, ...],
+    transform: str,
+    config: dict[str, Any],
+    shard: tuple[int, int],
+) -> float | None:
+    """Write the store, print what came of it; returns images written per second, None when only a part was done."""
+    from vlm4vla_core.episodes import conversion
+    from vlm4vla_core.episodes.checks import black_cameras
+    from vlm4vla_core.episodes.store import EpisodeStore
+    from vlm4vla_core.episodes.writer import Episode, Recipe
 
     began = time.perf_counter()
-    splits, report = config["splits"], rlds.Report()
-    total = sum(dataset.records(split) for split in splits)
-    with progress(total=total, what="look for black cameras", unit="episode") as bar:
-        cameras, report.black_cameras = rlds.seen_cameras(dataset, splits, args.cameras, bar.update)
-
-    with progress(total=total, what="convert", unit="episode") as bar:
-
-        def watched() -> Iterator[Episode]:
-            for episode in rlds.episodes(dataset, splits, cameras, report, config["transform"]):
-                bar.update(report.read - bar.n)
-                yield episode
-
-        try:
-            made = store.write_store(
-                args.out,
-                watched(),
-                source=f"{dataset.name} {dataset.version}".strip(),
-                convention=dataset.layout.convention,
-                state_names=dataset.layout.state_names,
-                config=config,
-                inputs=inputs,
-                transform=config["transform"],
-                image_size=args.size,
-                account=report.to_dict,
-            )
-        except InputError as error:
-            if error.what != "no episodes":
-                raise
-            left_out = "; ".join(report.lines()) or "the splits hold no records"
-            raise InputError("no episodes to convert", where=dataset.folder, fix=left_out) from None
+    cameras = tuple(config["cameras"]) or source.cameras
+    units = source.units(splits)
+    some = (one for unit in units for one in source.episodes(unit, cameras, transform) if isinstance(one, Episode))
+    black: tuple[str, ...] = ()
+    if next(some, None):  # else there is nothing to convert, and the account will say why
+        # A camera that was asked for is left out only when there is nothing in all the data.
+        black = black_cameras(source, splits, cameras, 10**9 if args.cameras else conversion.LOOKS)
+    account = conversion.convert(
+        args.out,
+        source,
+        units,
+        Recipe(
+            convention=source.convention,
+            state_names=source.state_names,
+            image_size=args.size,
+            full_colour=source.rendered,
+            encoding=args.encoding,
+            columns=source.columns,
+        ),
+        cameras=tuple(camera for camera in cameras if camera not in black),
+        transform=transform,
+        config=config,
+        black=black,
+        workers=args.workers or len(os.sched_getaffinity(0)),
+        shard=shard,
+    )
+    if account is None:
+        return None
     seconds = time.perf_counter() - began
+    made = EpisodeStore.open(args.out)
     rate = len(made) * len(made.cameras) / seconds
-    for line in report.lines():
+    for line in conversion.lines(account):
         print(f"note: {line}")
     counts = made.manifest["counts"]
     print(
