@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,23 +18,27 @@ from vlm4vla_core.episodes.store import Episode
 from vlm4vla_core.sims.benchmarks import recording_seed
 from vlm4vla_core.sims.tabletop import tasks as families
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.expert import expert
-from vlm4vla_core.sims.tabletop.render import render
+from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, pictures, step_limit
 
-CAMERA = "front"
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+_OBJECTS = [f"object{slot}" for slot in range(world.SLOTS)]
 COLUMN_NAMES = {
-    "truth/objects": tuple(f"object{slot}.{axis}" for slot in range(world.SLOTS) for axis in "xyz"),  # m; -1 if absent
+    "truth/objects": tuple(f"{name}.{axis}" for name in _OBJECTS for axis in "xyz"),  # m; -1 if absent
+    "truth/object_yaw": tuple(_OBJECTS),  # rad
+    "truth/on": tuple(_OBJECTS),  # slot that each stands on, -1 for table or hand
+    "truth/contact": tuple(_OBJECTS),  # 1 where the hand touches or holds it
     "truth/held": ("slot",),  # -1 for none
+    "truth/plates": tuple(f"plate{k}.{axis}" for k in range(world.PLATES) for axis in "xy"),  # m
+    "truth/switch": ("knob", "on"),  # m of the knob from its rail's middle; 1 where the lamp is lit
 }
 _MEMORY = 0.8  # correlation of the slow noise from one step to the next
 _FLIP = 0.03  # probability of a wrong finger command, per unit of noise
-_TOGETHER = 64  # episodes stepped and rendered together
+_TOGETHER = 64  # demonstrations stepped and rendered together
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One demonstration before it is made; `index` is its number in the store."""
+    """One demonstration before it is made; `index` is its number in the recording."""
 
     index: int
     task: str
@@ -50,63 +55,128 @@ def plan(episodes: int, tasks: Sequence[str], domains: Sequence[str], seed: int)
     return plans
 
 
-def demonstrations(plans: Sequence[Plan], *, size: int, noise: float) -> Iterator[Episode]:
-    """Make the planned demonstrations, each until its goal is reached or its step limit.
+def demonstrations(
+    plans: Sequence[Plan], *, size: int, noise: float, cameras: Sequence[str] = ("front",), geometry: bool = False
+) -> Iterator[Episode]:
+    """Make the planned demonstrations, each until its goal is reached or its step limit; a chain gives one episode for
+    every part of it that was begun.
 
-    noise: standard deviation of each motion's noise as a fraction of the largest step. size: picture size.
-    An episode depends on its plan, `size` and `noise` only. Labels are float32 in the `TABLETOP` convention.
+    noise: standard deviation of each motion's noise as a fraction of the largest step. size: picture size. geometry: also
+    depth (mm) and segmentation. An episode depends on its plan and these arguments only. Labels are float32 in the
+    `TABLETOP` convention.
     """
     for first in range(0, len(plans), _TOGETHER):
-        yield from _together(plans[first : first + _TOGETHER], size, noise)
+        yield from _together(plans[first : first + _TOGETHER], size, noise, cameras, geometry)
 
 
-def _together(plans: Sequence[Plan], size: int, noise: float) -> Iterator[Episode]:
-    starts = [families.start(item.task, item.seed) for item in plans]
-    state, goal = world.stack([s.state for s in starts]), families.stack_goals([s.goal for s in starts])
-    limits = np.array([families.FAMILIES[item.task].step_limit for item in plans])
-    disturbance = np.zeros((len(plans), limits.max(), 7))  # (n, T, 7)
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of one world's steps with one instruction: the frames begin…end-1 of all that were recorded."""
+
+    item: Plan
+    number: int
+    instruction: str
+    ask: families.Ask
+    begin: int
+    end: int
+    reached: bool
+
+
+def _together(
+    plans: Sequence[Plan], size: int, noise: float, cameras: Sequence[str], geometry: bool
+) -> Iterator[Episode]:
+    env = BatchedEnv([item.task for item in plans], [p.seed for p in plans], [p.domain for p in plans], size)
+    disturbance = [_noise(item.seed, step_limit(item.task), noise) for item in plans]
+    states: list[list[world.State]] = [[] for _ in plans]  # per world, before each step
+    labels: list[list[np.ndarray]] = [[] for _ in plans]
+    cuts: list[list[tuple[int, str, families.Ask, bool]]] = [[] for _ in plans]  # per part: end, words, ask, reached
+    while env.running.any():
+        label = env.expert()
+        asked = [(env.instructions[i], _ask(env, i)) for i in range(env.n)]
+        done, was = env.done.copy(), np.flatnonzero(env.running)
+        action = label + np.stack([disturbance[i][min(env.steps[i], len(disturbance[i]) - 1)] for i in range(env.n)])
+        action[:, 6] = np.abs(label[:, 6] - (action - label)[:, 6])  # 1 flips the command
+        for i in was:
+            states[i].append(env.state[[i]])
+            labels[i].append(label[i])
+        env.step(action)
+        for i in was:
+            if env.done[i] > done[i] or not env.running[i]:
+                reached = bool(env.done[i] > done[i]) if env.tasks[i] == CHAIN_TASK else bool(env.outcome(i)["success"])
+                cuts[i].append((len(labels[i]), *asked[i], reached))
+    every = world.stack([state for one in states for state in one])
+    lengths = [len(one) for one in labels]
+    domains = [item.domain for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
+    seeds = [item.seed for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
+    steps = [t for length in lengths for t in range(length)]
+    shown = {camera: pictures(every, domains, size, seeds, steps, camera) for camera in cameras}  # (F, size, size, 3)
+    depth, segmentation = _geometry(every, domains, size, cameras) if geometry else ({}, {})
+    columns, proprioception = _truth(every), world.proprioception(every)
+    actions = np.concatenate([np.stack(one) for one in labels]).astype(np.float32)
+    start = 0
     for i, item in enumerate(plans):
-        disturbance[i, : limits[i]] = _noise(item.seed, int(limits[i]), noise)
-    states, labels = [], []
-    lengths, reached = limits.copy(), np.zeros(len(plans), bool)
-    for t in range(limits.max()):
-        running = ~reached & (t < limits)
-        if not running.any():
-            break
-        label = expert(state, goal)
-        action = label + disturbance[:, t]
-        action[:, 6] = np.abs(label[:, 6] - disturbance[:, t, 6])  # 1 flips the command
-        states.append(state)
-        labels.append(label)
-        state = world.step(state, action)
-        newly = families.success(state, goal) & running
-        lengths[newly], reached = t + 1, reached | newly
-    frames = [states[t][[i]] for i in range(len(plans)) for t in range(lengths[i])]
-    domains = [item.domain for i, item in enumerate(plans) for _ in range(lengths[i])]
-    every = world.stack(frames)
-    pictures = render(every, domains, size).rgb  # (F, size, size, 3)
-    proprioception = world.proprioception(every)
-    end = 0
-    for i, item in enumerate(plans):
-        begin, end = end, end + int(lengths[i])
-        yield Episode(
-            instruction=starts[i].instruction,
-            images={CAMERA: pictures[begin:end]},
-            state=proprioception[begin:end],
-            action=np.stack([label[i] for label in labels[: lengths[i]]]).astype(np.float32),
-            columns={
-                "truth/objects": every.objects[begin:end].reshape(-1, 3 * world.SLOTS).astype(np.float32),
-                "truth/held": every.held[begin:end, None].astype(np.float32),
-            },
-            source=f"tabletop, episode {item.index}",
-            info={
-                "task": item.task,
-                "domain": item.domain,
-                "seed": str(item.seed),
-                "objects": ";".join(families.object_names(starts[i].state, 0)),
-                "success": str(bool(reached[i])).lower(),
-            },
-        )
+        begin = 0
+        for number, (end, words, ask, reached) in enumerate(cuts[i]):
+            part = slice(start + begin, start + end)
+            here = every[[start + begin]]
+            yield Episode(
+                instruction=words,
+                images={camera: rgb[part] for camera, rgb in shown.items()},
+                state=proprioception[part],
+                action=actions[part],
+                columns={name: values[part] for name, values in columns.items()},
+                depth={camera: values[part] for camera, values in depth.items()},
+                segmentation={camera: values[part] for camera, values in segmentation.items()},
+                source=f"tabletop, demonstration {item.index}" + (f", part {number}" if len(cuts[i]) > 1 else ""),
+                info={
+                    "task": item.task,
+                    "family": ask.family,
+                    "domain": item.domain,
+                    "seed": str(item.seed),
+                    "objects": ";".join(families.object_names(here, 0)),
+                    "plates": ";".join(families.plate_names(here, 0)),
+                    "target": families.describe_object(here, 0, ask.slot) if ask.slot >= 0 else "",
+                    "success": str(reached).lower(),
+                },
+            )
+            begin = end
+        start += lengths[i]
+
+
+def _ask(env: BatchedEnv, row: int) -> families.Ask:
+    """What is asked first in a world, by family and slot."""
+    goal = env.goals[0]
+    return families.Ask(families.TASKS[goal.family[row]], int(goal.slot[row]), int(goal.other[row]))
+
+
+def _geometry(
+    state: world.State, domains: Sequence[str], size: int, cameras: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Depth (F, size, size) uint16 in mm, and segmentation uint8, per camera."""
+    from vlm4vla_core.sims.tabletop.render import render
+
+    depth, segmentation = {}, {}
+    for camera in cameras:
+        picture = render(state, domains, size, camera=camera, geometry=True)
+        assert picture.depth is not None and picture.segmentation is not None
+        depth[camera] = np.clip(np.rint(picture.depth * 1000), 0, 65535).astype(np.uint16)
+        segmentation[camera] = picture.segmentation
+    return depth, segmentation
+
+
+def _truth(state: world.State) -> dict[str, np.ndarray]:
+    """The further columns, each (F, k) float32."""
+    n = len(state)
+    values: dict[str, Any] = {
+        "truth/objects": state.objects.reshape(n, -1),
+        "truth/object_yaw": state.object_yaw,
+        "truth/on": state.on,
+        "truth/contact": world.contacts(state),
+        "truth/held": state.held[:, None],
+        "truth/plates": state.plate.reshape(n, -1),
+        "truth/switch": np.stack([state.knob - state.rail, world.switched_on(state)], 1),
+    }
+    return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 
 def _noise(seed: int, steps: int, scale: float) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.tasks import MOVE_ACROSS, TASKS, Goal, plate_position, success, target_position
+from vlm4vla_core.sims.tabletop.tasks import MOVE_ACROSS, ON_PLATE, TASKS, Goal, plate_position, success, target_position
 from vlm4vla_core.sims.tabletop.world import CONTACT, SLOTS, State, length
 
 LOW = 0.04  # height of the gripper's point when it grasps or pushes something on the table
@@ -102,26 +102,27 @@ def _highest(state: State, but: np.ndarray | int = -1) -> np.ndarray:
     return np.where(others, state.objects[..., 2] + world.rest_height(state.kind), world.KNOB_HEIGHT).max(1)
 
 
-def _carry(state: State, goal: Goal, place: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """Grasp the target, bring it over the points `place` (n, 2), lower its underside to `height` (n,), let go."""
+def _carry(state: State, goal: Goal, place: np.ndarray, height: np.ndarray, near: float) -> np.ndarray:
+    """Grasp the target, bring it over the points `place` (n, 2), lower its underside to `height` (n,), and let go when
+    it is `near` (m) enough."""
     target, rows = target_position(state.objects, goal), np.arange(len(state))
     slot = np.maximum(goal.slot, 0)
     hang = state.gripper[:, 2] - target[:, 2] + world.rest_height(state.kind[rows, slot])  # hand above the underside
     goes = np.concatenate([place, (height + hang)[:, None]], 1)
     delta = _funnel(state.gripper, goes, np.maximum(_highest(state, goal.slot) + CLEAR - height, 0.02))
-    there = (length(goes[:, :2] - state.gripper[:, :2]) < 0.02) & (np.abs(goes[:, 2] - state.gripper[:, 2]) < 0.02)
+    there = (length(goes[:, :2] - state.gripper[:, :2]) < near) & (np.abs(goes[:, 2] - state.gripper[:, 2]) < 0.025)
     return np.where((state.held == goal.slot)[:, None], _towards(delta, there), _grasp(state, target))
 
 
 def _put(state: State, goal: Goal) -> np.ndarray:
-    return _carry(state, goal, plate_position(state, goal), np.full(len(state), 0.004))
+    return _carry(state, goal, plate_position(state, goal), np.full(len(state), 0.004), 0.7 * ON_PLATE)
 
 
 def _stack(state: State, goal: Goal) -> np.ndarray:
     rows, base = np.arange(len(state)), np.maximum(goal.other, 0)
     under = state.objects[rows, base]
     top = under[:, 2] + world.rest_height(state.kind[rows, base])
-    return _carry(state, goal, under[:, :2], top + 0.006)
+    return _carry(state, goal, under[:, :2], top + 0.006, 0.7 * world.STACK_REACH)
 
 
 def _shove(state: State, target: np.ndarray, way: np.ndarray, behind: float) -> tuple[np.ndarray, np.ndarray]:

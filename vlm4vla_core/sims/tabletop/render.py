@@ -119,7 +119,11 @@ def trace(
     picked = torch.tensor(which)  # (n,)
     scene = _Scene(
         size=size,
-        views=views,
+        lens=_Lens(
+            np.array([view.position for view in views]),
+            np.array([view.axes for view in views]),
+            np.array([view.focal for view in views]),
+        ),
         looks=[LOOKS[name] for name in domains],
         which=picked,
         rays=torch.cat([item.rays for item in backdrops]),
@@ -132,7 +136,8 @@ def trace(
     for decal in _decals(state, scene.looks, hand):
         _paint(decal, scene)
     for solid in _solids(state, scene.looks, hand):
-        _cast(solid, scene)
+        for part in _of_one_size(solid, scene):
+            _cast(part, scene)
     shape = (len(state), size, size)
     return scene.colour.view(*shape, 3), scene.depth.view(shape), scene.label.view(shape)
 
@@ -150,11 +155,28 @@ def cameras(state: State, domains: Sequence[str], camera: str) -> list[Camera]:
 
 
 @dataclass(frozen=True)
+class _Lens:
+    """Where n pictures are taken from, as arrays. origin: (n, 3). axes: (n, 3, 3) right, down, forward. focal: (n,)."""
+
+    origin: np.ndarray
+    axes: np.ndarray
+    focal: np.ndarray
+
+    def project(self, points: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Camera.project`, for points (r, k, 3) of the worlds `rows` (r,), in a fixed order of summation."""
+        x, y, z = np.moveaxis(points - self.origin[rows, None], -1, 0)  # (r, k) each
+        axes = self.axes[rows, None]  # (r, 1, 3, 3)
+        u, v, depth = (x * axes[..., i, 0] + y * axes[..., i, 1] + z * axes[..., i, 2] for i in range(3))
+        scale = self.focal[rows, None] / np.where(depth > 0, depth, 1.0)
+        return 0.5 + np.stack([u * scale, v * scale], -1), depth
+
+
+@dataclass(frozen=True)
 class _Scene:
     """What is being drawn: n worlds, P pixels each. rays and ground are shared by worlds of one camera (`which`)."""
 
     size: int
-    views: list[Camera]
+    lens: _Lens
     looks: list[Look]
     which: torch.Tensor  # (n,)
     rays: torch.Tensor  # (cameras * P, 3)
@@ -293,9 +315,11 @@ class _Solids:
     label: np.ndarray  # (r,)
 
 
+_FIELDS = ("rows", "centre", "half", "yaw", "colour", "label")
+
+
 def _join(kind: int, parts: Sequence[_Solids]) -> _Solids:
-    names = ("rows", "centre", "half", "yaw", "colour", "label")
-    return _Solids(kind, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return _Solids(kind, *(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
 def _solids(state: State, looks: Sequence[Look], hand: bool) -> Iterator[_Solids]:
@@ -342,25 +366,36 @@ def _solids(state: State, looks: Sequence[Look], hand: bool) -> Iterator[_Solids
     yield each(0, state.gripper + 0.085 * up, (0.084, 0.026, 0.013), state.yaw, _PALM, GRIPPER)
 
 
+def _corners(solid: _Solids) -> np.ndarray:
+    """(r, 8, 3) corners of the bounding boxes."""
+    cos, sin = np.cos(solid.yaw)[:, None], np.sin(solid.yaw)[:, None]
+    x, y, z = np.moveaxis(_CORNERS * solid.half[:, None], -1, 0)
+    return solid.centre[:, None] + np.stack([x * cos - y * sin, x * sin + y * cos, z], -1)
+
+
+def _of_one_size(solid: _Solids, scene: _Scene) -> Iterator[_Solids]:
+    """Solids whose windows differ much apart from each other: what is close to the camera must not make all wide."""
+    first, last = _bounds(_corners(solid), solid.rows, scene)
+    area = np.prod(last - first + 1, axis=1)
+    wide = area > 4 * np.median(area)
+    for mine in (~wide, wide):
+        if mine.all():
+            yield solid
+        elif mine.any():
+            rest = (getattr(solid, name)[mine] for name in _FIELDS)
+            yield _Solids(solid.kind, *rest)
+
+
 def _cast(solid: _Solids, scene: _Scene) -> None:
     """Trace each solid within its window and write the pixels where it is the nearest so far."""
     import torch
 
     size, depth = scene.size, scene.depth
     turn = np.stack([np.cos(solid.yaw), np.sin(solid.yaw)], 1)  # (r, 2)
-    local = _CORNERS * solid.half[:, None]
-    turned = np.stack(
-        [
-            local[..., 0] * turn[:, :1] - local[..., 1] * turn[:, 1:],
-            local[..., 0] * turn[:, 1:] + local[..., 1] * turn[:, :1],
-            local[..., 2],
-        ],
-        -1,
-    )
-    item, pixel = _windows(solid.centre[:, None] + turned, solid.rows, scene)
+    item, pixel = _windows(_corners(solid), solid.rows, scene)
     rows = torch.from_numpy(solid.rows)[:, None]
     dx, dy, dz = scene.rays[scene.which[rows] * size**2 + pixel].unbind(-1)  # (r, w) each
-    origin = np.stack([scene.views[row].position for row in solid.rows]) - solid.centre
+    origin = scene.lens.origin[solid.rows] - solid.centre
     ox, oy, oz = (torch.tensor(value, dtype=torch.float32)[:, None] for value in origin.T)
     hx, hy, hz = (torch.tensor(value, dtype=torch.float32)[:, None] for value in solid.half.T)
     cos, sin = (torch.tensor(value, dtype=torch.float32)[:, None] for value in turn.T)
@@ -400,6 +435,17 @@ def _cast(solid: _Solids, scene: _Scene) -> None:
     scene.label[where] = torch.tensor(solid.label, dtype=torch.uint8)[item]
 
 
+def _bounds(corners: np.ndarray, rows: np.ndarray, scene: _Scene) -> tuple[np.ndarray, np.ndarray]:
+    """First and last pixel (r, 2), right and down, that a shape with these corners (r, 8, 3) can cover."""
+    size = scene.size
+    spot, depth = scene.lens.project(corners, rows)
+    # A shape that reaches behind the camera's plane may cover anything.
+    near = (depth < 0.01).any(1)[:, None]
+    low, high = np.where(near, 0.0, spot.min(1) * size), np.where(near, size, spot.max(1) * size)
+    first = np.clip(np.floor(low - 0.5), 0, size - 1).astype(int)
+    return first, np.clip(np.ceil(high - 0.5), 0, size - 1).astype(int)
+
+
 def _windows(corners: np.ndarray, rows: np.ndarray, scene: _Scene) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels that a shape with these corners (r, 8, 3) can cover: item (r, w) = 0..r-1 and pixel (r, w) indices.
 
@@ -407,17 +453,7 @@ def _windows(corners: np.ndarray, rows: np.ndarray, scene: _Scene) -> tuple[torc
     """
     import torch
 
-    size, low, high = scene.size, np.empty((len(rows), 2)), np.empty((len(rows), 2))
-    views = [scene.views[row] for row in rows]
-    for view in set(views):
-        mine = np.array([other is view or other == view for other in views])
-        spot, depth = view.project(corners[mine])
-        # A shape that reaches behind the camera's plane may cover anything.
-        near = (depth < 0.01).any(1)[:, None]
-        low[mine] = np.where(near, 0.0, spot.min(1) * size)
-        high[mine] = np.where(near, size, spot.max(1) * size)
-    first = np.clip(np.floor(low - 0.5), 0, size - 1).astype(int)
-    last = np.clip(np.ceil(high - 0.5), 0, size - 1).astype(int)
+    size, (first, last) = scene.size, _bounds(corners, rows, scene)
     width, height = (last - first).max(0) + 1
     first = np.minimum(first, size - np.array([width, height]))
     u = first[:, :1] + np.arange(width)  # (r, width)

@@ -371,7 +371,7 @@ FAMILIES: dict[str, Family] = {
     "stack": Family(
         ("stack the {o} on the {p}", "put the {o} on top of the {p}", "place the {o} on top of the {p}"),
         ("set the {o} on the {p}", "put the {o} onto the {p}"),
-        44,
+        50,
         "object let go and standing on the other one",
         "base",
         (),

@@ -96,6 +96,14 @@ def switched_on(state: State) -> np.ndarray:
     return state.knob > state.rail
 
 
+def contacts(state: State) -> np.ndarray:
+    """(n, SLOTS) bool: the hand holds the object, or its closed fingers touch it (within 2 mm)."""
+    held = np.arange(SLOTS) == state.held[:, None]
+    apart = length(state.objects[..., :2] - state.gripper[:, None, :2])
+    level = state.gripper[:, None, 2] - TIP < state.objects[..., 2] + rest_height(state.kind) + 0.002
+    return held | ((apart < CONTACT + 0.002) & level & (state.kind >= 0) & ~state.open[:, None])
+
+
 def length(vector: np.ndarray) -> np.ndarray:
     """Euclidean length over the last axis (2 or 3), in a fixed order of summation."""
     total = vector[..., 0] ** 2 + vector[..., 1] ** 2

@@ -1,0 +1,73 @@
+"""Films for people: frames under a line of text, written as MP4 (H.264) or GIF.
+
+Trap: H.264 in the form that every player shows halves the colour's resolution and wants even sizes; a film is for looking
+at, never for measuring.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlm4vla_core.errors import InputError
+
+_LINE = 22  # pixels of the text line
+
+
+def captioned(frame: np.ndarray, text: str, *, scale_to: int = 224) -> np.ndarray:
+    """A frame uint8 (H, W, 3), enlarged by a whole factor to at least `scale_to` pixels of height, under its text."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    factor = max(1, -(-scale_to // frame.shape[0]))
+    picture = Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (picture.width, picture.height + _LINE), "white")
+    sheet.paste(picture, (0, _LINE))
+    draw, size = ImageDraw.Draw(sheet), 15
+    while size > 8 and draw.textlength(text, font=ImageFont.load_default(size)) > sheet.width - 8:
+        size -= 1
+    draw.text((4, 2), text, fill="black", font=ImageFont.load_default(size))
+    return np.asarray(sheet)
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
+    """Write frames, all uint8 (H, W, 3) of one size, as .mp4 or .gif; the file appears whole or not at all.
+
+    Raises InputError on another ending and on no frames.
+    """
+    if path.suffix not in (".mp4", ".gif"):
+        raise InputError(f"a film ends in .mp4 or .gif, not '{path.suffix}'", where=path)
+    if not len(frames):
+        raise InputError("no frames for a film", where=path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        (_mp4 if path.suffix == ".mp4" else _gif)(draft, frames, fps)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _gif(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
+    from PIL import Image
+
+    pages = [Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE) for frame in frames]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(1000 / fps), loop=0)
+
+
+def _mp4(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
+    from fractions import Fraction
+
+    import av
+
+    height, width = (2 * (length // 2) for length in frames[0].shape[:2])
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "18"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            film.mux(stream.encode(picture))
+        film.mux(stream.encode())
