@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.sims.tabletop import tasks, world
+from vlm4vla_core.sims.tabletop import scenes, tasks, world
 
 FIELDS = [field.name for field in fields(world.State)]
 
@@ -23,16 +23,17 @@ def random_actions(rng: np.random.Generator, steps: int, n: int, bias: np.ndarra
     return actions
 
 
-@settings(deadline=None, derandomize=True, max_examples=16)
+@settings(deadline=None, derandomize=True, max_examples=10)
 @given(seed=st.integers(0, 10**6), task=st.sampled_from(tasks.TASKS))
 def test_invariants_under_random_actions(seed: int, task: str) -> None:
     rng = np.random.default_rng(seed)
     n = 8
-    state = world.stack([tasks.start(task, seed * n + i).state for i in range(n)])
+    state = world.stack([scenes.start(task, seed * n + i).state for i in range(n)])
     # Half of the hands are drawn towards an object, so that contacts and grasps happen.
     for actions in random_actions(rng, 60, n, np.zeros(3)):
         lure = state.objects[np.arange(n), 0] - state.gripper
         actions[: n // 2, :3] += 0.4 * lure[: n // 2]
+        actions[-2:, :2] += 0.3 * (np.stack([state.knob, np.full(n, world.SWITCH_Y)], 1) - state.gripper[:, :2])[-2:]
         before, state = state, world.step(state, actions)
         assert (state.gripper >= world.WORKSPACE_LOW).all() and (state.gripper <= world.WORKSPACE_HIGH).all()
         present = state.kind >= 0
@@ -41,7 +42,7 @@ def test_invariants_under_random_actions(seed: int, task: str) -> None:
         rail = world.WORKSPACE_HIGH[:2] + world.RAIL + 1e-9
         assert (np.abs(state.objects[..., :2]) <= rail)[present].all()
         assert (state.objects[~present] == -1).all()
-        # What is held keeps its place in the hand; what is not lies on the table.
+        # What is held keeps its place in the hand; everything else stands on the table or on a flat top.
         carried = (state.held >= 0) & (state.held == before.held)
         slot = np.maximum(state.held, 0)
         rows = np.arange(n)
@@ -50,40 +51,61 @@ def test_invariants_under_random_actions(seed: int, task: str) -> None:
         np.testing.assert_allclose(now[carried], then[carried], atol=1e-9)
         assert not (state.open & (state.held >= 0)).any()
         lying = present & (np.arange(world.SLOTS) != state.held[:, None])
-        np.testing.assert_array_equal(state.objects[..., 2][lying], world.rest_height(state.kind)[lying])
-        # No lying object inside another one, none inside the closed fingers at its height.
+        assert (state.on[~lying] == -1).all()
+        for i, k in zip(*np.nonzero(lying), strict=True):
+            half = world.rest_height(state.kind[i, k])
+            if (base := state.on[i, k]) < 0:
+                assert state.objects[i, k, 2] == half
+                continue
+            under = state.objects[i, base]
+            assert lying[i, base] and world.FLAT_TOP[state.kind[i, base]] and (state.on[i] == base).sum() == 1
+            assert np.hypot(*(state.objects[i, k, :2] - under[:2])) <= world.STACK_REACH + 1e-9
+            top = under[2] + world.rest_height(state.kind[i, base])
+            assert state.objects[i, k, 2] == pytest.approx(top + half, abs=1e-9)
+        # Nothing inside another thing at its height: objects, the knob, the closed fingers.
+        half = world.rest_height(state.kind)
         for i in range(world.SLOTS):
             for j in range(i):
                 apart = np.hypot(*(state.objects[:, i, :2] - state.objects[:, j, :2]).T)
-                assert (apart[lying[:, i] & lying[:, j]] > 2 * world.FOOTPRINT - 0.005).all()
-        low = ~state.open & (state.held < 0) & (state.gripper[:, 2] - world.TIP < 0.08)
+                beside = np.abs(state.objects[:, i, 2] - state.objects[:, j, 2]) < half[:, i] + half[:, j] - 1e-5
+                assert (apart[lying[:, i] & lying[:, j] & beside] > 2 * world.FOOTPRINT - 0.005).all()
+        spot = np.stack([state.knob, np.full(n, world.SWITCH_Y)], 1)
+        assert (np.abs(state.knob - state.rail) <= world.KNOB_TRAVEL + 1e-9).all()
+        apart = np.hypot(*np.moveaxis(state.objects[..., :2] - spot[:, None], -1, 0))
+        low = state.objects[..., 2] - half < world.KNOB_HEIGHT
+        assert (apart[lying & low] > world.KNOB_RADIUS + world.FOOTPRINT - 0.005).all()
+        empty = ~state.open & (state.held < 0)
         apart = np.hypot(*np.moveaxis(state.objects[..., :2] - state.gripper[:, None, :2], -1, 0))
-        assert (apart[lying & low[:, None]] > world.CONTACT - 0.005).all()
+        level = state.gripper[:, None, 2] - world.TIP < state.objects[..., 2] + half - 1e-5
+        assert (apart[lying & level & empty[:, None]] > world.CONTACT - 0.005).all()
+        assert (world.contacts(state) >= (np.arange(world.SLOTS) == state.held[:, None])).all()
 
 
 def test_random_actions_do_reach_the_interesting_states() -> None:
-    """The invariants above would hold for nothing if no object were ever held, pushed or carried aloft."""
+    """The invariants above would hold for nothing if no object were ever held, stacked, pushed or carried aloft."""
     rng = np.random.default_rng(0)
     n = 64
-    state = first = world.stack([tasks.start("lift", i).state for i in range(n)])
-    held, aloft = np.zeros(n, bool), np.zeros(n, bool)
-    for actions in random_actions(rng, 60, n, np.zeros(3)):
-        actions[:, :3] += 0.4 * (state.objects[:, 0] - state.gripper)
+    state = first = world.stack([scenes.start("stack", i).state for i in range(n)])
+    held, aloft, stacked = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)
+    for actions in random_actions(rng, 80, n, np.zeros(3)):
+        target = np.where(state.held[:, None] >= 0, state.objects[:, 1] + [0, 0, 0.1], state.objects[:, 0])
+        actions[:, :3] += 0.4 * (target - state.gripper)
         state = world.step(state, actions)
         held |= state.held >= 0
         aloft |= (state.objects[..., 2] > 0.07).any(1)
+        stacked |= (state.on >= 0).any(1)
     moved = np.abs(state.objects - first.objects).max((1, 2)) > 0.05
-    assert held.mean() > 0.3 and aloft.mean() > 0.1 and moved.mean() > 0.3
+    assert held.mean() > 0.3 and aloft.mean() > 0.1 and moved.mean() > 0.3 and stacked.mean() > 0.05
 
 
 def lone_cube(**changes: object) -> world.State:
     """A cube in the middle, nothing else, the hand 12 cm to its left at pushing height, closed."""
-    state = tasks.start("move", 0).state
+    state = scenes.start("move", 0).state
     objects = np.full((1, world.SLOTS, 3), -1.0)
     objects[0, 0] = [0.0, 0.0, 0.043]
     base = replace(
-        state, objects=objects, kind=np.array([[0, -1, -1]]), gripper=np.array([[-0.12, 0.0, 0.04]]),
-        yaw=np.zeros(1), open=np.zeros(1, bool),
+        state, objects=objects, kind=np.array([[0, -1, -1, -1]]), gripper=np.array([[-0.12, 0.0, 0.04]]),
+        yaw=np.zeros(1), open=np.zeros(1, bool), rail=np.zeros(1), knob=np.full(1, -world.KNOB_TRAVEL),
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -143,6 +165,63 @@ def test_pushed_objects_push_others() -> None:
     assert after.objects[0, 1, 0] == pytest.approx(0.03 + world.CONTACT + 2 * world.FOOTPRINT, abs=1e-5)
 
 
+def two(upper: int, place: list[float], **changes: object) -> world.State:
+    """A cube in the middle and a second object at `place`, the hand far away and high."""
+    state = lone_cube(gripper=np.array([[-0.2, -0.2, 0.3]]), open=np.ones(1, bool))
+    objects, kind = state.objects.copy(), state.kind.copy()
+    objects[0, 1], kind[0, 1] = place, upper
+    return replace(state, objects=objects, kind=kind, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("offset", "stands"), [(0.0, True), (0.039, True), (0.041, False), (0.09, False), (0.11, False)])
+def test_what_is_let_go_stands_on_a_flat_top_or_slides_off(offset: float, stands: bool) -> None:
+    state = two(2, [offset, 0, 0.2], gripper=np.array([[offset, 0, 0.2]]), held=np.array([1]), open=np.zeros(1, bool))
+    after = act(state, [0, 0, 0, 0, 0, 0, 1])
+    if stands:
+        assert after.on[0, 1] == 0 and after.objects[0, 1, 2] == pytest.approx(0.086 + 0.046)
+        np.testing.assert_allclose(after.objects[0, 1, :2], [offset, 0])
+    else:
+        assert after.on[0, 1] == -1 and after.objects[0, 1, 2] == 0.046
+        assert np.hypot(*(after.objects[0, 1, :2] - after.objects[0, 0, :2])) >= 2 * world.FOOTPRINT - 1e-5
+
+
+def test_nothing_stands_on_a_ball() -> None:
+    state = two(0, [0, 0, 0.2], gripper=np.array([[0, 0, 0.2]]), held=np.array([1]), open=np.zeros(1, bool))
+    state = replace(state, kind=np.array([[1, 0, -1, -1]]), objects=state.objects + [[0, 0, 0.003]] * np.eye(4)[:, :1])
+    after = act(state, [0, 0, 0, 0, 0, 0, 1])
+    assert after.on[0, 1] == -1 and after.objects[0, 1, 2] == 0.043
+
+
+def test_a_stack_moves_together_and_its_top_is_what_a_hand_takes() -> None:
+    on = np.array([[-1, 0, -1, -1]])
+    stacked = two(2, [0.01, 0, 0.132], on=on)
+    pushed = act(replace(stacked, gripper=np.array([[-0.12, 0, 0.04]]), open=np.zeros(1, bool)), [0.06, 0, 0, 0, 0, 0, 0])
+    pushed = act(pushed, [0.06, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(pushed.objects[0, 1, :2] - pushed.objects[0, 0, :2], [0.01, 0], atol=1e-6)
+    assert pushed.objects[0, 0, 0] > 0.06 and pushed.on[0, 1] == 0
+    low = act(replace(stacked, gripper=np.array([[0, 0, 0.05]])), [0, 0, 0, 0, 0, 0, 0])
+    assert low.held[0] == -1  # the lower one carries something
+    high = act(replace(stacked, gripper=np.array([[0, 0, 0.13]])), [0, 0, 0, 0, 0, 0, 0], [0, 0, 0.06, 0, 0, 0, 0])
+    assert high.held[0] == 1 and high.on[0, 1] == -1 and high.objects[0, 0, 2] == 0.043
+    shoved = replace(stacked, gripper=np.array([[-0.12, 0, 0.13]]), open=np.zeros(1, bool))
+    shoved = act(shoved, *[[0.06, 0, 0, 0, 0, 0, 0]] * 3)
+    assert shoved.on[0, 1] == -1 and shoved.objects[0, 1, 2] == 0.046  # pushed off the lower one
+    assert abs(shoved.objects[0, 0, 0]) < 0.01
+
+
+def test_the_switch() -> None:
+    hand = np.array([[-0.15, world.SWITCH_Y, 0.04]])
+    state = lone_cube(gripper=hand)
+    assert not world.switched_on(state)[0]
+    after = act(state, *[[0.06, 0, 0, 0, 0, 0, 0]] * 2)
+    assert world.switched_on(after)[0] and after.knob[0] == pytest.approx(-0.03 + world.FINGER + world.KNOB_RADIUS)
+    end = act(after, *[[0.06, 0, 0, 0, 0, 0, 0]] * 3)  # the rail ends, and the hand with it
+    assert end.knob[0] == pytest.approx(world.KNOB_TRAVEL)
+    assert end.gripper[0, 0] == pytest.approx(world.KNOB_TRAVEL - world.FINGER - world.KNOB_RADIUS, abs=1e-5)
+    over = act(replace(state, gripper=np.array([[-0.15, world.SWITCH_Y, 0.1]])), *[[0.06, 0, 0, 0, 0, 0, 0]] * 4)
+    assert over.knob[0] == state.knob[0] and over.gripper[0, 0] == pytest.approx(0.09)
+
+
 def test_limits_of_one_action() -> None:
     start = lone_cube(gripper=np.array([[0.0, 0.0, 0.2]]))
     long = act(start, [0.3, -0.4, 0.0, 0.5, 0.5, 2.0, 0])
@@ -158,7 +237,7 @@ def test_a_world_does_not_depend_on_its_batch() -> None:
     rng = np.random.default_rng(3)
     n, alone = 5, []
     actions = random_actions(rng, 40, n, np.zeros(3))
-    starts = [tasks.start(tasks.TASKS[i % 4], i).state for i in range(n)]
+    starts = [scenes.start(tasks.TASKS[i % len(tasks.TASKS)], i).state for i in range(n)]
     for i in range(n):
         state = starts[i]
         for t in range(40):

@@ -13,6 +13,7 @@ from vlm4vla_core.sims.tabletop.world import SLOTS, State, length, rest_height
 
 _RELAXATIONS = 24
 _SLOTS = np.arange(SLOTS)
+_I, _J = np.triu_indices(SLOTS, 1)  # pairs of slots
 _LOW, _HIGH = w.WORKSPACE_LOW[:2] - w.RAIL, w.WORKSPACE_HIGH[:2] + w.RAIL
 
 
@@ -96,40 +97,38 @@ class Scene:
             return
         hand, discs, knob = self.gripper[rows].copy(), self.objects[rows].copy(), self.knob[rows].copy()
         lying, pushed, turns, radius = lying[rows], pushed[rows], turns[rows], radius[rows]
-        carry = _carried_along(self.on[rows])  # (r, SLOTS, SLOTS)
+        carry, upper = _carried_along(self.on[rows]), self.on[rows] >= 0  # (r, SLOTS, SLOTS), (r, SLOTS)
         level = np.abs(discs[:, :, None, 2] - discs[:, None, :, 2])
         beside = level < self.half[rows][:, :, None] + self.half[rows][:, None] - w.TOLERANCE  # (r, SLOTS, SLOTS)
+        both = (lying[:, _I] & lying[:, _J]) & beside[:, _I, _J]  # (r, pairs)
         low = discs[..., 2] - self.half[rows] < w.KNOB_HEIGHT - w.TOLERANCE
 
-        def shift(k: int, delta: np.ndarray) -> None:
-            moved = discs[:, k, :2] + delta
-            delta = np.clip(moved, _LOW, _HIGH) - discs[:, k, :2]
-            discs[..., :2] += np.where(carry[:, k, :, None], delta[:, None], 0.0)
-
-        for _ in range(_RELAXATIONS):
-            moved = False  # a settled row is left exactly as it is, so going on for the others' sake changes nothing
+        for _ in range(_RELAXATIONS):  # a settled row is left exactly as it is, however long the others take
             knob = self._turn(hand, knob, turns, radius, rows)
             spot = np.stack([knob, np.full(len(knob), w.SWITCH_Y)], 1)
-            for k in _SLOTS:
-                away, missing = _contact(hand[:, :2], discs[:, k, :2], radius + w.FOOTPRINT, pushed[:, k])
-                shift(k, away * missing)
-                moved |= bool(missing.any())
-                away, missing = _contact(spot, discs[:, k, :2], w.KNOB_RADIUS + w.FOOTPRINT, lying[:, k] & low[:, k])
-                shift(k, away * missing)
-                moved |= bool(missing.any())
-            for i in _SLOTS:
-                for j in _SLOTS[i + 1 :]:
-                    both = lying[:, i] & lying[:, j] & beside[:, i, j]
-                    away, missing = _contact(discs[:, i, :2], discs[:, j, :2], 2 * w.FOOTPRINT, both)
-                    if missing.any():
-                        shift(i, -away * missing / 2)
-                        shift(j, away * missing / 2)
-                        moved = True
-            if not moved:
+            xy = discs[..., :2]  # (r, SLOTS, 2)
+            moved = False
+            for level in (pushed & ~upper, pushed & upper):  # what stands on a pushed object has gone with it
+                away, missing = _contact(hand[:, None, :2], xy, radius[:, None] + w.FOOTPRINT, level)
+                if missing.any():
+                    xy, moved = _shifted(xy, away * missing, carry, lying), True
+            away, missing = _contact(spot[:, None], xy, w.KNOB_RADIUS + w.FOOTPRINT, lying & low)
+            if missing.any():  # after the hand: of the two, the hand can give way
+                xy, moved = _shifted(xy, away * missing, carry, lying), True
+            discs[..., :2] = xy
+            away, missing = _contact(xy[:, _I], xy[:, _J], 2 * w.FOOTPRINT, both)  # (r, pairs, …)
+            if not (moved | missing.any()):
                 break
+            shift = np.zeros_like(xy)
+            for pair, (i, j) in enumerate(zip(_I, _J, strict=True)):
+                shift[:, i] -= away[:, pair] * missing[:, pair] / 2
+                shift[:, j] += away[:, pair] * missing[:, pair] / 2
+            discs[..., :2] = _shifted(xy, shift, carry, lying)
         for k in _SLOTS:  # what an object at the rail could not give, the hand gives
             away, missing = _contact(hand[:, :2], discs[:, k, :2], radius + w.FOOTPRINT, pushed[:, k])
-            hand[:, :2] = np.clip(hand[:, :2] - away * missing, w.WORKSPACE_LOW[:2], w.WORKSPACE_HIGH[:2])
+            if missing.any():
+                hand[:, :2] = np.clip(hand[:, :2] - away * missing, w.WORKSPACE_LOW[:2], w.WORKSPACE_HIGH[:2])
+        knob = self._give_way(discs, knob, lying & low, rows)
         spot = np.stack([knob, np.full(len(knob), w.SWITCH_Y)], 1)
         away, missing = _contact(hand[:, :2], spot, radius + w.KNOB_RADIUS, turns)
         hand[:, :2] = np.clip(hand[:, :2] - away * missing, w.WORKSPACE_LOW[:2], w.WORKSPACE_HIGH[:2])
@@ -150,6 +149,15 @@ class Scene:
         shoved = np.where(turns & (np.abs(along) < need - w.TOLERANCE), hand[:, 0] + side * need, knob)
         return np.clip(shoved, self.rail[rows] - w.KNOB_TRAVEL, self.rail[rows] + w.KNOB_TRAVEL)
 
+    def _give_way(self, discs: np.ndarray, knob: np.ndarray, lying: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The knob (r,) where an object that is jammed at the rail stops it."""
+        for k in _SLOTS:
+            across, along = w.SWITCH_Y - discs[:, k, 1], knob - discs[:, k, 0]
+            need = np.sqrt(np.maximum((w.FOOTPRINT + w.KNOB_RADIUS) ** 2 - across**2, 0.0))
+            jammed = lying[:, k] & (np.abs(along) < need - w.TOLERANCE)
+            knob = np.where(jammed, discs[:, k, 0] + np.where(along < 0, -1.0, 1.0) * need, knob)
+        return np.clip(knob, self.rail[rows] - w.KNOB_TRAVEL, self.rail[rows] + w.KNOB_TRAVEL)
+
     def _overlap(self, lying: np.ndarray, pushed: np.ndarray, turns: np.ndarray, radius: np.ndarray) -> np.ndarray:
         """(n,) bool: something overlaps."""
         xy = self.objects[..., :2]
@@ -160,13 +168,9 @@ class Scene:
         low = self.objects[..., 2] - self.half < w.KNOB_HEIGHT - w.TOLERANCE
         near_knob = length(xy - spot[:, None]) < w.KNOB_RADIUS + w.FOOTPRINT - w.TOLERANCE
         found |= (near_knob & lying & low).any(1)
-        for i in range(SLOTS):
-            for j in range(i + 1, SLOTS):
-                near = length(xy[:, i] - xy[:, j]) < 2 * w.FOOTPRINT - w.TOLERANCE
-                apart = np.abs(self.objects[:, i, 2] - self.objects[:, j, 2])
-                near &= apart < self.half[:, i] + self.half[:, j] - w.TOLERANCE
-                found |= near & lying[:, i] & lying[:, j]
-        return found
+        near = length(xy[:, _I] - xy[:, _J]) < 2 * w.FOOTPRINT - w.TOLERANCE  # (n, pairs)
+        near &= np.abs(self.objects[:, _I, 2] - self.objects[:, _J, 2]) < self.half[:, _I] + self.half[:, _J] - w.TOLERANCE
+        return found | (near & lying[:, _I] & lying[:, _J]).any(1)
 
     # --- falling
 
@@ -220,6 +224,14 @@ class Scene:
         return True
 
 
+def _shifted(xy: np.ndarray, shift: np.ndarray, carry: np.ndarray, lying: np.ndarray) -> np.ndarray:
+    """Discs (r, SLOTS, 2) moved by `shift` (r, SLOTS, 2), with what stands on them, as far as the rail lets them."""
+    moved = xy
+    for k in _SLOTS:
+        moved = moved + carry[:, k, :, None] * shift[:, None, k]
+    return np.where(lying[..., None], np.clip(moved, _LOW, _HIGH), xy)
+
+
 def _carried_along(on: np.ndarray) -> np.ndarray:
     """(r, SLOTS, SLOTS) from (r, SLOTS): entry k, j says that j is k or stands, perhaps through others, on k."""
     carry = (on[:, None, :] == _SLOTS[:, None]) | (_SLOTS[:, None] == _SLOTS)
@@ -231,10 +243,10 @@ def _carried_along(on: np.ndarray) -> np.ndarray:
 def _contact(
     a: np.ndarray, b: np.ndarray, distance: np.ndarray | float, active: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors (r, 2) from a to b, and how far (r, 1) they are short of `distance`; 0 where not `active`."""
+    """Unit vectors (..., 2) from a to b, and how far (..., 1) they are short of `distance`; 0 where not `active`."""
     apart = b - a
     size = length(apart)
     coincide = size < 1e-9
-    unit = np.where(coincide[:, None], np.array([1.0, 0.0]), apart / np.where(coincide, 1.0, size)[:, None])
+    unit = np.where(coincide[..., None], np.array([1.0, 0.0]), apart / np.where(coincide, 1.0, size)[..., None])
     missing = distance - size
-    return unit, np.where(active & (missing > w.TOLERANCE), missing, 0.0)[:, None]
+    return unit, np.where(active & (missing > w.TOLERANCE), missing, 0.0)[..., None]

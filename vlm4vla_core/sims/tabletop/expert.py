@@ -10,11 +10,22 @@ and an upper reference, not a baseline.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.tasks import MOVE_ACROSS, ON_PLATE, TASKS, Goal, plate_position, success, target_position
+from vlm4vla_core.sims.tabletop.tasks import (
+    MOVE_ACROSS,
+    ON_PLATE,
+    SWITCH_REACH,
+    SWITCH_ROOM,
+    TASKS,
+    Goal,
+    plate_position,
+    success,
+    target_position,
+)
 from vlm4vla_core.sims.tabletop.world import CONTACT, SLOTS, State, length
 
 LOW = 0.04  # height of the gripper's point when it grasps or pushes something on the table
@@ -25,6 +36,7 @@ KNOB_BEHIND = world.FINGER + world.KNOB_RADIUS + 0.025
 MOVE_SPEED = 0.035  # m per step in "move": unhurried, so that its demonstrations have four steps, not two
 PUSH_GOAL = 0.14  # how far the expert means to push, a little more than success asks for
 _UP = np.array([0.0, 0.0, world.MAX_STEP])
+_GRID = np.stack(np.meshgrid(np.linspace(-0.22, 0.22, 6), np.linspace(-0.22, 0.1, 5)), -1).reshape(-1, 2)
 _ANGLES = np.arange(16) * (np.pi / 8)
 _CANDIDATES = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)  # (16, 2) ways to push, tried by alignment
 
@@ -41,11 +53,76 @@ def expert(state: State, goals: Goal | Sequence[Goal]) -> np.ndarray:
         for index, task in enumerate(TASKS):
             rows = np.flatnonzero(mine & (goal.family == index))
             if len(rows):
-                actions[rows] = _EXPERTS[task](state[rows], goal[rows])
+                actions[rows] = _solve(task, state[rows], goal[rows])
         waiting = waiting & ~mine
     actions[(state.held >= 0) & (actions[:, 6] > 0.5), :3] = 0.0  # what is let go falls where it is, not on the way
     actions[:, 5] = np.clip(-state.yaw, -world.MAX_TURN, world.MAX_TURN)
     return actions
+
+
+def _solve(task: str, state: State, goal: Goal) -> np.ndarray:
+    """The family's own actions; first of all, though, what is in the way is put aside."""
+    actions = _EXPERTS[task](state, goal)
+    if task in ("move", "touch"):
+        return actions
+    blocker = _blocker(task, state, goal)
+    rows = np.flatnonzero(blocker >= 0)
+    if len(rows):
+        here, aside = state[rows], replace(goal[rows], slot=blocker[rows])
+        actions[rows] = _carry(here, aside, _spare(here, aside), np.full(len(rows), 0.004), 0.03)
+    return actions
+
+
+def _blocker(task: str, state: State, goal: Goal) -> np.ndarray:
+    """(n,) slot of an object that has to go first, -1 for none: one on top of the target or of what it is to stand on,
+    one on the plate, one beside the switch, or one in the hand that would fall onto another."""
+    slots, n = np.arange(SLOTS), len(state)
+    other = (state.kind >= 0) & (slots != goal.slot[:, None])  # (n, SLOTS)
+    rows = np.arange(n)
+    bad = other & (state.on == goal.slot[:, None]) & (goal.slot >= 0)[:, None]
+    if task == "stack":
+        bad |= other & (state.on == goal.other[:, None]) & (slots != goal.other[:, None])
+    if task == "put":
+        taken = length(state.objects[..., :2] - plate_position(state, goal)[:, None]) < 2 * world.FOOTPRINT
+        bad |= other & taken & (state.on < 0)
+    if task == "switch":
+        bad |= other & (_from_switch(state, state.objects[..., :2]) < SWITCH_ROOM - 0.01)
+    held = np.maximum(state.held, 0)
+    apart = length(state.objects[..., :2] - state.objects[rows, held, None, :2])
+    crowded = ((apart < 2 * world.FOOTPRINT) & (state.kind >= 0) & (slots != held[:, None])).any(1)
+    falls = (state.held >= 0) & (state.held != goal.slot) & (crowded | bad[rows, held])
+    # The topmost first: what carries something cannot be taken.
+    free = ~(state.on[:, None, :] == slots[:, None]).any(2)
+    first = np.where((bad & free).any(1), (bad & free).argmax(1), np.where(bad.any(1), _top(state, bad.argmax(1)), -1))
+    return np.where(falls, state.held, first)
+
+
+def _top(state: State, slot: np.ndarray) -> np.ndarray:
+    """(n,) what stands, perhaps through others, on the objects `slot` (n,), uppermost."""
+    for _ in range(SLOTS - 1):
+        above = state.on == slot[:, None]
+        slot = np.where(above.any(1), above.argmax(1), slot)
+    return slot
+
+
+def _spare(state: State, goal: Goal) -> np.ndarray:
+    """(n, 2) the emptiest of the grid's points, where what is in the way can be put."""
+    others = (state.kind >= 0) & (np.arange(SLOTS) != goal.slot[:, None])
+    spot = np.broadcast_to(_GRID, (len(state), *_GRID.shape))  # (n, g, 2)
+    room = np.full(spot.shape[:2], np.inf)
+    for k in range(SLOTS):
+        apart = length(spot - state.objects[:, None, k, :2])
+        room = np.minimum(room, np.where(others[:, k, None], apart, np.inf))
+    for k in range(world.PLATES):
+        room = np.minimum(room, length(spot - state.plate[:, None, k]))
+    room = np.minimum(room, _from_switch(state, spot))
+    return _GRID[room.argmax(1)]
+
+
+def _from_switch(state: State, points: np.ndarray) -> np.ndarray:
+    """(n, k) distances of points (n, k, 2) from where a hand goes to shove the knob."""
+    x = np.clip(points[..., 0], state.rail[:, None] - SWITCH_REACH, state.rail[:, None] + SWITCH_REACH)
+    return length(points - np.stack([x, np.full_like(x, world.SWITCH_Y)], -1))
 
 
 def _towards(delta: np.ndarray, is_open: np.ndarray) -> np.ndarray:
@@ -83,11 +160,17 @@ def _touch(state: State, goal: Goal) -> np.ndarray:
 
 def _grasp(state: State, target: np.ndarray) -> np.ndarray:
     """Actions (n, 7) that go to the objects at `target` (n, 3) with open fingers and close them there."""
-    above = np.concatenate([target[:, :2], np.maximum(target[:, 2:] - 0.004, LOW)], 1)
+    above = np.concatenate([_reachable(target[:, :2]), np.maximum(target[:, 2:] - 0.004, LOW)], 1)
     delta = above - state.gripper
-    near = (length(delta[:, :2]) < 0.036) & (np.abs(delta[:, 2]) < 0.03)
+    near = (length(delta[:, :2]) < 0.03) & (np.abs(delta[:, 2]) < 0.03)
+    near &= length(target[:, :2] - state.gripper[:, :2]) < world.GRASP_XY - 0.001
     # A closed hand, empty or with the wrong object, opens first; the fingers close only around the target.
     return _towards(_funnel(state.gripper, above), ~(near & state.open))
+
+
+def _reachable(point: np.ndarray) -> np.ndarray:
+    """The points of the workspace nearest to (n, 2): objects may lie a little outside."""
+    return np.clip(point, world.WORKSPACE_LOW[:2], world.WORKSPACE_HIGH[:2])
 
 
 def _pick(state: State, goal: Goal) -> np.ndarray:
@@ -108,7 +191,7 @@ def _carry(state: State, goal: Goal, place: np.ndarray, height: np.ndarray, near
     target, rows = target_position(state.objects, goal), np.arange(len(state))
     slot = np.maximum(goal.slot, 0)
     hang = state.gripper[:, 2] - target[:, 2] + world.rest_height(state.kind[rows, slot])  # hand above the underside
-    goes = np.concatenate([place, (height + hang)[:, None]], 1)
+    goes = np.concatenate([_reachable(place), (height + hang)[:, None]], 1)
     delta = _funnel(state.gripper, goes, np.maximum(_highest(state, goal.slot) + CLEAR - height, 0.02))
     there = (length(goes[:, :2] - state.gripper[:, :2]) < near) & (np.abs(goes[:, 2] - state.gripper[:, 2]) < 0.025)
     return np.where((state.held == goal.slot)[:, None], _towards(delta, there), _grasp(state, target))

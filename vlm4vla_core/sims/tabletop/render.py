@@ -404,7 +404,7 @@ def _cast(solid: _Solids, scene: _Scene) -> None:
         ox, oy = ox * cos + oy * sin, oy * cos - ox * sin
         dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
     t, hit = _HIT[solid.kind]((ox, oy, oz), (dx, dy, dz), (hx, hy, hz))
-    hit &= t < depth[where]
+    hit &= (t > 0) & (t < depth[where])
     item, t, where = item[hit], t[hit], where[hit]
     if not len(item):
         return
