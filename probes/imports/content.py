@@ -7,6 +7,7 @@ the reader.
 
 from __future__ import annotations
 
+import csv
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -68,14 +69,20 @@ def _json(path: Path, text: str) -> Content:
 
 
 def _text_table(path: Path, text: str) -> Any:
+    """Every cell as its text. pandas' own reader would take a row with a cell too many for one with a label."""
     import pandas as pd
 
-    separator = "\t" if "\t" in text.lstrip().splitlines()[0] else ","
+    header = text.lstrip().splitlines()[0]
+    separator = next((one for one in "\t;" if one in header and "," not in header), "\t" if "\t" in header else ",")
     try:
-        frame = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise InputError(f"cannot be read as a table ({str(error).strip().splitlines()[0]})", where=path) from None
-    return _named(frame, path)
+        rows = [row for row in csv.reader(StringIO(text, newline=""), delimiter=separator, strict=True) if any(row)]
+    except csv.Error as error:
+        raise InputError(f"cannot be read as a table ({error})", where=path) from None
+    for place, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            what = f"row {place} has {len(row)} cells, the header {len(rows[0])}"
+            raise InputError(what, where=path, fix="quote a cell that holds the separator")
+    return _named(pd.DataFrame(rows[1:], columns=rows[0], dtype=object), path)
 
 
 def _binary_table(path: Path, head: bytes) -> Any:

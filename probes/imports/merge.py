@@ -52,7 +52,9 @@ class Table:
         """Column -> how many rows leave it open, for the columns that provenance consists of."""
         columns = [*STATED, "stderr", "n", "lineage", "successes", "episodes", "env_seed", "execute", "success_rule"]
         counts = {
-            name: sum(blank(value) or str(value).startswith(UNKNOWN) for value in self.frame[name])
+            name: sum(
+                blank(one) or one == UNKNOWN or (name == "version" and UNKNOWN in one) for one in self.frame[name]
+            )
             for name in columns
             if name in self.frame
         }
@@ -91,6 +93,8 @@ def merge(parts: Sequence[Imported], wanted: Rows | None = None) -> Table:
         notes += converted
         frame, more = _once(frame, rows)
         duplicates += more
+    if rows == "performance":
+        notes += _counts(frame)
     return Table(rows, _typed(frame[list(COLUMNS[rows])]), duplicates, tuple(notes))
 
 
@@ -168,7 +172,7 @@ def one_unit(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str]]
     for _, index in frame.groupby(groups.where(~rates, groups + "\0success").to_numpy(), sort=False).groups.items():
         part = frame.loc[index]
         units = set(part["unit"])
-        if units - {PERCENT, FRACTION}:
+        if UNKNOWN in units and not part["metric"].eq("avg_len").any():
             _refuse_mixed(part, column)
         success = bool(rates.loc[index].all())
         if success and part["unit"].isin([UNKNOWN]).all():
@@ -202,13 +206,32 @@ def _state(frame: pd.DataFrame, index: Iterable[Any], unit: str) -> None:
 def _refuse_mixed(part: pd.DataFrame, column: str) -> None:
     values = part[column].astype(float)
     small, large = part[(values > 0) & (values <= 1)], part[values > 1]
+    if len(small):  # one model with two values is a conflict, and told as that
+        large = large[large["model"] != small["model"].iloc[0]]
     if small.empty or large.empty:
         return
     low, high = small.iloc[0], large.iloc[0]
     both = f"{low['model']} has {low[column]:g} and {high['model']} {high[column]:g}"
     what = f"{both} on {low['benchmark']}: one may be a fraction"
-    fix = "say it in a column unit (fraction, per cent), or import the file on its own with --unit"
+    fix = "say it in a column unit (fraction, per cent, points), or import each file with its --unit"
     raise InputError(what, where=f"{low[RECORD]} | {high[RECORD]}", fix=fix)
+
+
+def _counts(frame: pd.DataFrame) -> list[str]:
+    """Fill in the successes that a rate and its episodes leave no choice about. Raises InputError where rate and counts
+    differ by more than a point (less is rounding, or a mean over tasks)."""
+    filled = 0
+    for index, row in frame[(frame["metric"] == "success_pct") & (frame["unit"] == PERCENT)].iterrows():
+        if blank(row["episodes"]) or not float(row["episodes"]) > 0:
+            continue
+        exact = float(row["value"]) * float(row["episodes"]) / 100
+        if blank(row["successes"]):
+            if abs(exact - round(exact)) < 1e-6:
+                frame.loc[index, "successes"], filled = round(exact), filled + 1
+        elif abs(float(row["value"]) - 100 * float(row["successes"]) / float(row["episodes"])) > 1:
+            what = f"{row['value']:g} % is not {row['successes']} of {row['episodes']} episodes"
+            raise InputError(what, where=row[RECORD], fix="correct the value or the counts")
+    return [f"{filled} counts of successes follow from rate and episodes"] if filled else []
 
 
 # --- episodes -> performance ------------------------------------------------------------------------------

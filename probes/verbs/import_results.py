@@ -51,7 +51,7 @@ class Args:
     """The benchmark's name, where a file does not say it or cuts it into several."""
     run_id: str = ""
     """Name of the run, to keep a repeated evaluation apart from the first."""
-    unit: Literal["", "fraction", "percent"] = ""
+    unit: Literal["", "fraction", "percent", "points"] = ""
     """Unit of scores whose file does not say it."""
     only: tuple[str, ...] = ()
     """Take the benchmarks that match one of these patterns, such as 'mmmu*' (also the sub-scores of VLMEvalKit)."""
@@ -88,7 +88,7 @@ def _read(path: Path, args: Args) -> Imported:
     from probes.imports.content import open_content
     from probes.imports.rows import FRACTION, PERCENT, Labels
 
-    unit = {"": "", "fraction": FRACTION, "percent": PERCENT}[args.unit]
+    unit = {"fraction": FRACTION, "percent": PERCENT}.get(args.unit, args.unit)
     labels = Labels(args.model, args.family, args.lineage, args.benchmark, args.run_id, unit)
     content = open_content(path)
     reader = _reader(content, args)
