@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 from tfds_bytes import bridge_episode, jpeg, write_tfds
 
+from vlm4vla_core import images
 from vlm4vla_core.actions import BRIDGE
 from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import Episode, EpisodeStore, write_store
@@ -144,7 +147,80 @@ def test_inspect_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "no such folder" in one_line(capsys)
     (tmp_path / "empty").mkdir()
     assert main(["inspect", str(tmp_path / "empty")]) == 2
-    assert "no dataset.json" in one_line(capsys)
+    assert "no known format of robot data" in one_line(capsys)
+    (tmp_path / "empty" / "dataset.json").write_text("{}")
+    assert main(["inspect", str(tmp_path / "empty")]) == 2
+    assert "expected a episode store" in one_line(capsys)
+    assert main(["inspect", str(tmp_path / "gone"), "--episodes", "0"]) == 2
+    assert "--episodes must be at least 1" in one_line(capsys)
+
+
+def test_inspect_data_that_are_not_converted_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    silent = bridge_episode(9, steps=6, language_instruction=[b""] * 6)
+    units = [[bridge_episode(10 * unit + n, steps=6) for n in range(4)] for unit in range(5)]
+    source = write_tfds(
+        tmp_path / "mini" / "1.0.0", {"train": [[silent, *units[0]], *units[1:]], "val": [units[2][:1]]}
+    )
+    told = tmp_path / "told.json"
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["inspect", str(source.parent), "--episodes", "8", "--json", str(told)]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "looked at 8 episodes of rlds data, evenly spread over 6 parts, 1 episodes without language passed over" in text
+    )
+    assert "warning: camera image_1 is black" in text
+    assert "warning: 1 episodes are in train and in val alike" in text
+    report = json.loads(told.read_text())
+    assert report["splits"] == {"train": 7, "val": 1} and report["steps"] == 8 * 4
+    assert report["looked_at"].startswith("8 episodes of rlds data")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, told])  # nothing else was written
+    write_tfds(source, {"train": [[silent]]})
+    assert main(["inspect", str(source)]) == 2
+    assert "no episodes to look at" in (line := one_line(capsys)) and "1 without language" in line
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_shows_the_histograms(tmp_path: Path):
+    store = store_of(tmp_path / "s", [episode(n, instruction=f"<b>do</b> & thing {n}") for n in range(3)])
+    assert main(["inspect", str(store.path), "--html", str(tmp_path / "sub" / "page.html")]) == 0
+    html = (tmp_path / "sub" / "page.html").read_text()
+    reader = Reader()
+    reader.feed(html)
+    assert "<b>do</b> & thing 2" in reader.text  # escaped in the source, literal to the reader
+    pictures = [attrs["src"] for tag, attrs in reader.tags if tag == "img"]
+    assert len(pictures) == 2 and all(src and src.startswith("data:image/jpeg;base64,") for src in pictures)
+    assert "http" not in html.replace("http-equiv", "") and "<script" not in html
+    shown = images.decode(base64.b64decode(str(pictures[0]).partition(",")[2]))
+    assert shown.shape == contact_sheet(store, "front").shape
+    # The first histogram: bars as high as an independent count of the same values says, lines at the quantiles.
+    first = reader.tags[[tag for tag, _ in reader.tags].index("svg") :]
+    bars = {}
+    for tag, attrs in first[1:]:
+        if tag == "svg":
+            break
+        if tag == "rect":
+            bars[round(float(str(attrs["x"])) / 6)] = float(str(attrs["height"]))
+    x = store.action[:, 0].astype(np.float64)
+    place = np.clip(((x - x.min()) / (x.max() - x.min()) * 40).astype(int), 0, 39)
+    counts = np.bincount(place, minlength=40)
+    expected = {place: 70 * n / counts.max() for place, n in enumerate(counts) if n}
+    assert bars == pytest.approx(expected, abs=0.06)
+    lines = [float(str(attrs["x1"])) for tag, attrs in first[1:] if tag == "line"][:2]
+    assert lines == pytest.approx(240 * (np.percentile(x, [1, 99]) - x.min()) / (x.max() - x.min()), abs=0.06)
 
 
 # --- summary --------------------------------------------------------------------------------------------
@@ -199,6 +275,9 @@ def test_warnings(tmp_path: Path):
     assert "gripper command never changes" in found
     assert "1 of 3 episodes have no instruction" in found
     assert "1 episodes repeat another one" in found
+    assert "alike" not in found
+    both = "\n".join(summarise(store_of(tmp_path / "b", [episode(0), episode(1), episode(1, split="val")])).warnings)
+    assert "1 episodes are in train and in val alike" in both
 
 
 def test_contact_sheet_shows_one_episode_per_instruction(tmp_path: Path):
