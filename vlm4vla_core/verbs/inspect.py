@@ -126,10 +126,8 @@ def _show(path: Path, summary: Summary, scope: str, most: int = 12) -> None:
     print(f"  episodes  {summary.episodes} ({', '.join(f'{n} {split}' for split, n in summary.splits.items())})")
     print(f"  steps     {summary.steps} (per episode {shortest} to {longest}, median {median:g})")
     print(f"  cameras   {cameras}")
-    print(
     size = f"{summary.bytes / 1e6:.1f} MB, {summary.bytes / summary.steps / 1e3:.1f} kB per step"
     print(f"  {'as store' if scope else 'on disk '}  {size}")
-    )
     print(f"\ninstructions ({len(summary.instructions)})")
     for instruction, count in list(summary.instructions.items())[:most]:
         print(f"  {count:5d}  {instruction or '(none)'}")
