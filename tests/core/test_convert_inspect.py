@@ -106,6 +106,11 @@ def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: 
     assert "no camera 'top'" in fails(capsys, out, source, "--cameras", "top")
     assert "no split 'dev'" in fails(capsys, out, source, "--split", "dev")
     assert "--size 0" in fails(capsys, out, source, "--size", "0")
+    assert "--workers must be" in fails(capsys, out, source, "--workers", "0")
+    for part in ("0/2", "3/2", "1/1", "2", "a/b"):
+        assert f"--shard {part} is no part" in fails(capsys, out, source, "--shard", part)
+    assert "rlds data have no option 'scenes'" in fails(capsys, out, source, "--scenes", "A")
+    assert "transform 'libero' does not belong" in fails(capsys, out, source, "--transform", "libero")
     assert "black" in fails(capsys, out, source, "--cameras", "image_1")
 
     shard = source / "mini-train.tfrecord-00000-of-00001"
@@ -130,6 +135,29 @@ def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: 
     line = fails(capsys, out, source)
     assert "no episodes to convert" in line
     assert "1 episodes without language" in line
+
+
+def test_machines_do_their_parts_and_the_plain_command_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    units = [[bridge_episode(10 * unit + n, steps=6) for n in range(3)] for unit in range(3)]
+    source = write_tfds(tmp_path / "mini" / "1.0.0", {"train": units, "val": [units[1][:2]]})
+    command = ["convert", "rlds", str(source), "--out", str(tmp_path / "s"), "--encoding", "raw", "--size", "16"]
+    for part in ("1/2", "2/2"):
+        assert main([*command, "--shard", part]) == 0
+        assert f"part {part} is done" in capsys.readouterr().out
+    assert not (tmp_path / "s").exists()
+    assert main([*command, "--size", "8"]) == 2
+    assert "unfinished conversion with other settings" in one_line(capsys)
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "9 episodes, 36 steps" in text and "2 episodes of split 'val' repeat an earlier split" in text
+    command[4] = str(tmp_path / "one")
+    assert main([*command, "--workers", "1"]) == 0
+    one, both = EpisodeStore.open(tmp_path / "one"), EpisodeStore.open(tmp_path / "s")
+    assert one.fingerprint == both.fingerprint
+    jpeg_of = write_tfds(tmp_path / "x" / "1.0.0", {"train": units[:1]})  # raw is what the resized picture was
+    assert main(["convert", "rlds", str(jpeg_of), "--out", str(tmp_path / "full")]) == 0
+    full = EpisodeStore.open(tmp_path / "full").images("image_0", range(12), size=16)
+    np.testing.assert_array_equal(both.images("image_0", range(12)), full)
 
 
 def test_a_failed_conversion_keeps_the_old_store(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

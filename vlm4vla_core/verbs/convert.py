@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from vlm4vla_core.episodes.source import Source
 
 
+OPTIONS = ("scenes", "depth", "observations")  # of single formats; the others' readers refuse them
+
+
 @dataclass(frozen=True)
 class Args:
     format: Positional[Literal["rlds", "calvin", "libero", "lerobot", "store"]]
@@ -51,6 +54,12 @@ class Args:
     """Processes to convert with; by default one per core."""
     shard: str = ""
     """Do only part i of n (`2/4`), on one of n machines; the command without --shard finishes the store."""
+    scenes: tuple[str, ...] = ()
+    """CALVIN: keep only what was recorded in these scenes (A, B, C, D)."""
+    depth: bool = False
+    """CALVIN: also keep the depth images, losslessly."""
+    observations: Literal["after_action", "before_action"] | None = None
+    """LIBERO: whether the files hold the observation after each action (the default, LIBERO's own way) or before it."""
     json: Path | None = None
     """Also write the summary as JSON to this file."""
 
@@ -65,7 +74,8 @@ def run(args: Args) -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
     shard = _shard(args.shard)
-    source = open_source(args.format, args.src)
+    options = {name: value for name in OPTIONS if (value := getattr(args, name))}
+    source = open_source(args.format, args.src, **options)
     splits = choose_splits(source, args.split)
     transform = source.transforms[0] if args.transform == "dataset" else args.transform
     check_request(source, args.cameras, transform)
@@ -77,6 +87,7 @@ def run(args: Args) -> None:
         "cameras": list(dict.fromkeys(args.cameras)),  # in this order: the first is what training takes by default
         "size": args.size,
         "encoding": args.encoding,
+        **options,
     }
     units = source.units(splits)
     rate = None
