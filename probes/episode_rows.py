@@ -30,7 +30,8 @@ _CONFIGURATION = ("model", "init", "freeze", "aux", "step", "execute")  # what e
 class Outcomes:
     """values[i]: (states, seeds) of policy i; task[i]: (states,) task names. Paired: the same states in the same order.
 
-    steps: tasks of a chain. unpaired: policy -> task -> episodes that some other policy lacks.
+    steps: tasks of a chain. unpaired: policy -> task -> episodes that some other policy lacks, or
+    whose task it lacks where episodes are not paired.
     """
 
     metric: Literal["success", "chain"]
@@ -92,8 +93,7 @@ def outcomes(
         fix = "add a column episode or env_seed" + ("" if paired else ", any running number will do")
         raise InputError("the rows do not say which initial state an episode started from", fix=fix)
     tables = {name: _states(part, key, kind, name) for name, part in chosen.items()}
-    common = _common(tables) if paired else None
-    kept = {name: table if common is None else table.loc[common] for name, table in tables.items()}
+    kept = _common(tables) if paired else _common_tasks(tables)
     unpaired = {}
     for name, part in chosen.items():
         states = set(map(tuple, kept[name].index))
@@ -112,7 +112,7 @@ def outcomes(
         protocol=protocol,
         execute=execute,
         unpaired=unpaired,
-        notes=_notes(kept, chosen),
+        notes=_notes(kept, chosen) + (() if paired else _mixture(kept)),
     )
 
 
@@ -265,7 +265,8 @@ def _states(part: pd.DataFrame, key: list[str], kind: str, name: str) -> pd.Data
     return table.set_index([*key, "_seed"])[kind].astype(float).unstack("_seed", sort=False).dropna()
 
 
-def _common(tables: dict[str, pd.DataFrame]) -> pd.MultiIndex:
+def _common(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Every policy on the states that all of them ran."""
     first, *others = tables.values()
     common = first.index
     for other in others:
@@ -273,7 +274,15 @@ def _common(tables: dict[str, pd.DataFrame]) -> pd.MultiIndex:
     if not len(common):
         raise InputError(f"{', '.join(tables)} have no initial state in common, so nothing can be paired",
                          fix="evaluate them on the same episodes, or add --unpaired")  # fmt: skip
-    return common
+    return {name: table.loc[common] for name, table in tables.items()}
+
+
+def _common_tasks(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Every policy on the tasks that all of them ran: rates over different tasks are not comparable either."""
+    common = set.intersection(*(set(table.index.get_level_values("task")) for table in tables.values()))
+    if not common:
+        raise InputError(f"{', '.join(tables)} have no task in common", fix="evaluate them on the same tasks")
+    return {name: table[table.index.get_level_values("task").isin(common)] for name, table in tables.items()}
 
 
 def _notes(kept: dict[str, pd.DataFrame], chosen: dict[str, pd.DataFrame]) -> tuple[str, ...]:
@@ -291,3 +300,13 @@ def _notes(kept: dict[str, pd.DataFrame], chosen: dict[str, pd.DataFrame]) -> tu
     if missing:
         notes.append(f"not stated: {', '.join(missing)}")
     return tuple(notes)
+
+
+def _mixture(kept: dict[str, pd.DataFrame]) -> tuple[str, ...]:
+    shares = {
+        tuple(sorted(table.index.get_level_values("task").value_counts(normalize=True).round(9).to_dict().items()))
+        for table in kept.values()
+    }
+    if len(shares) == 1:
+        return ()
+    return ("tasks have different shares of the policies' episodes: over all tasks, easy tasks may decide",)
