@@ -264,6 +264,13 @@ class Backbone(nn.Module):
         states = self.hidden(batch)
         return states[where[0].to(states.device), where[1].to(states.device)].view(len(hit), len(self.query), -1)
 
+    def checkpoint_activations(self) -> None:
+        """Keep only each layer's input in training mode and compute the rest again: the same gradients, less memory."""
+        enable = getattr(self.base, "activation_checkpointing_enable", None)  # its name before: gradient_checkpointing
+        (enable or self.base.gradient_checkpointing_enable)({"use_reentrant": False})
+        if not any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            raise ValueError(f"{self.spec.name} has no gradient checkpointing")
+
     def answer_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (n, V) that predict the n answer tokens of a batch from `collate_answers`, and those tokens (n,).
 

@@ -40,7 +40,6 @@ def read_base(
     spec = spec_of(config, path)
     options: dict[str, Any] = {"attn_implementation": attn or spec.attention, "dtype": dtype or torch.float32}
     untied = language_head and not config.tie_word_embeddings
-    head = None
     if init == "scratch":
         base, head = draw(config, spec, seed, untied=untied, **options)
     else:
@@ -52,8 +51,13 @@ def read_base(
         check_finite(base, path)
         folder = _folder(path)
         verify(base, spec, folder)
-        if untied:
-            head = read_tensor(folder, spec, "lm_head.weight").to(options["dtype"])
+        own = read_tensor(folder, spec, "lm_head.weight")
+        words = base.get_submodule(spec.embeddings).weight.detach().cpu()
+        if own is not None and not torch.equal(own.to(words.dtype), words):
+            base.config.tie_word_embeddings, untied = False, language_head  # a config may leave it unsaid
+        if untied and own is None:
+            raise InputError("the checkpoint has no output layer", where=path, fix="leave language_head out")
+        head = own.to(words.dtype) if untied and own is not None else None
     return base, _from_pretrained(AutoTokenizer, path), spec, head
 
 
@@ -109,7 +113,8 @@ def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
     """`auto.from_pretrained`, its many kinds of failure told in one line."""
     import safetensors
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a dozen lines, end in one of ours
+    for name in ("huggingface_hub", "transformers.modeling_utils"):  # retries, and a table of keys that we check
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return auto.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
@@ -213,9 +218,6 @@ def verify(base: Any, spec: FamilySpec, folder: Path) -> None:
         raise InputError(f"{len(absent)} weights missing: {', '.join(sorted(absent)[:4])}", where=folder)
 
 
-def read_tensor(folder: Path, spec: FamilySpec, own: str) -> Tensor:
-    """One tensor of a checkpoint folder, by its headless name. Raises InputError when no file has that tensor."""
-    for name, read in _tensors(folder):
-        if spec.canonical(name) == own:
-            return read()
-    raise InputError(f"the checkpoint has no weight '{own}'", where=folder, fix="use a whole checkpoint")
+def read_tensor(folder: Path, spec: FamilySpec, own: str) -> Tensor | None:
+    """One tensor of a checkpoint folder, by its headless name; None when no file has it."""
+    return next((read() for name, read in _tensors(folder) if spec.canonical(name) == own), None)

@@ -142,9 +142,12 @@ class FamilySpec:
         return name
 
     def native_size(self, config: Any) -> int:
-        """Pixels per side that the checkpoint's own processor makes of a small camera image."""
-        size = self.image_size or config.vision_config.image_size
-        return int(size if isinstance(size, int) else size[0])
+        """Pixels per side that the checkpoint's own processor makes of a 224 px camera image."""
+        vision = config.vision_config
+        if self.image_size is None:
+            return int(vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0])
+        step = vision.patch_size * vision.spatial_merge_size
+        return -(-self.image_size // step) * step
 
 
 # --- pieces that several families share -----------------------------------------------------------------
