@@ -43,7 +43,8 @@ def open_content(path: Path) -> Content:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError("neither text nor any binary format that is read", where=path) from None
+        fix = "save a table as CSV in UTF-8"
+        raise InputError("neither UTF-8 text nor any binary format that is read", where=path, fix=fix) from None
     if not text.strip():
         raise InputError("the file is empty", where=path)
     return _json(path, text) if text.lstrip()[0] in "{[" else Content(path, "table", _text_table(path, text))

@@ -63,7 +63,10 @@ def plain(name: str) -> str:
 def recognises(content: Content) -> bool:
     if content.form == "jsonl" or (content.form == "json" and isinstance(content.value, list)):
         content = _as_table(content)
-    return content.form == "table" and "model" in _columns(content)[0].values()
+    if content.form != "table":
+        return False
+    names = set(_columns(content)[0].values())
+    return "model" in names or ("benchmark" in names and bool({*_MEASURE.values(), "result"} & names))
 
 
 def read(content: Content, labels: Labels, wanted: Rows | None = None) -> Imported:
@@ -73,6 +76,8 @@ def read(content: Content, labels: Labels, wanted: Rows | None = None) -> Import
     if content.form != "table":
         raise InputError("not a table", where=content.path)
     mapping, unknown = _columns(content)
+    if "model" not in mapping.values():
+        labels.need_model(content.path)
     rows = _kind(content, set(mapping.values()), wanted)
     measure = _MEASURE[rows]
     used = next(old for name in (measure, "value", "score", "result") for old, new in mapping.items() if new == name)
@@ -115,9 +120,6 @@ def _columns(content: Content) -> tuple[dict[str, str], list[str]]:
 
 
 def _kind(content: Content, names: set[str], wanted: Rows | None) -> Rows:
-    if "model" not in names:
-        fix = f"name the column model; the table has: {listing(content.value.columns, 12)}"
-        raise InputError("no column says which model a row is about", where=content.path, fix=fix)
     found: list[Rows] = [kind for kind in get_args(Rows) if _MEASURE[kind] in names]
     if "episodes" in found and {"task", "episode"} <= names:
         return "episodes"

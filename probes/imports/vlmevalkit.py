@@ -31,7 +31,9 @@ _SUFFIX = re.compile(r"(_(exact_matching|openai|(chat)?gpt[^_]*))?_(acc|score|ra
 def recognises(content: Content) -> bool:
     if content.form == "table":
         names = {name.lower() for name in content.value.columns}
-        return ({"hit", "prediction"} <= names) or (any("overall" in name for name in names) and "score" not in names)
+        first = {str(cell).strip().lower() for cell in content.value.iloc[:, 0]}
+        total = "overall" in first or any("overall" in name for name in names)
+        return ({"hit", "prediction"} <= names) or (total and "score" not in names)
     if content.form != "json":
         return False
     body = content.value
@@ -108,17 +110,20 @@ def _finish(
             "source": content.path.name, "quality": "measured", "unit": labels.unit or UNKNOWN,
             RECORD: f"{content.path}, {dataset}/{name}",
         })  # fmt: skip
-    return imported(content, NAME, "capability", rows, notes=notes or [])
+    says = str(content.value.get("model_name") or "") if isinstance(content.value, dict) else ""
+    return imported(content, NAME, "capability", rows, notes=notes or [], says=says)
 
 
 def primary(benchmarks: list[str]) -> set[str]:
-    """Of one file's DATASET/METRIC names those that stand for a dataset: "overall" in the metric, else all of it."""
+    """Of one file's DATASET/METRIC names those that stand for a dataset: "overall" in the metric (and of these the
+    accuracies, where counts stand beside them), else all of it."""
     by_dataset: dict[str, list[str]] = {}
     for name in benchmarks:
         by_dataset.setdefault(name.split("/", 1)[0], []).append(name)
     chosen: set[str] = set()
     for names in by_dataset.values():
-        chosen |= {name for name in names if "overall" in name.split("/", 1)[1].lower()} or set(names)
+        overall = {name for name in names if "overall" in name.split("/", 1)[1].lower()} or set(names)
+        chosen |= {name for name in overall if name.lower().endswith("|acc")} or overall
     return chosen
 
 

@@ -367,6 +367,53 @@ def test_a_table_is_appended_to_and_never_lost(tmp_path, load, capsys):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_what_is_stated_about_a_file_does_not_relabel_the_table_it_is_added_to(tmp_path, load):
+    old = write(tmp_path / "old.csv", "model,benchmark,value,successes,episodes\nA,LIBERO-10,40,4,10\n")
+    new = harness_json(tmp_path / "a.json", {"pick": [True, False]})
+    words = [
+        "--model",
+        "B",
+        "--lineage",
+        "Qwen",
+        "--benchmark",
+        "LIBERO-10",
+        "--as",
+        "performance",
+        "--kind",
+        "vla-eval",
+    ]
+    frame, _ = load(old, new, *words, out="p.csv")
+    assert dict(zip(frame["model"], frame["lineage"].fillna(""), strict=True)) == {"B": "Qwen", "A": ""}
+
+
+def test_a_table_without_models_takes_the_stated_one(tmp_path, load, refused):
+    path = write(tmp_path / "t.csv", "benchmark,score\nx,1\ny,2\n")
+    assert load(path, "--model", "A")[0]["model"].tolist() == ["A", "A"]
+    assert "add --model NAME" in refused(path)
+
+
+def test_one_name_for_two_models_is_refused(tmp_path, refused):
+    paths = [lmms_results(tmp_path / f"{m}.json", {"t": {"m": 0.5}}, model=m) for m in ("one", "two")]
+    assert "would give one name to one and two" in refused(*paths, "--model", "X")
+
+
+def test_a_value_without_a_metric_is_held_against_the_rates(tmp_path, refused, load):
+    rates = write(tmp_path / "1.csv", "model,benchmark,success_pct\nA,x,48\nB,x,30\n")
+    bare = write(tmp_path / "2.csv", "model,benchmark,value\nC,x,0.4\n")
+    assert "C has 0.4 and A 48 on x" in refused(rates, bare)
+    same = write(tmp_path / "3.csv", "model,benchmark,value\nA,x,48\nB,x,31\n")
+    assert "value of B on x is 30 and 31" in refused(rates, same)
+    lengths = write(tmp_path / "4.csv", "model,benchmark,avg_len\nA,x,0.4\nB,x,3.5\n")
+    assert load(lengths)[0]["value"].tolist() == [0.4, 3.5]  # mean chain lengths are no fractions
+
+
+def test_a_kit_table_with_an_overall_row_gives_its_accuracy(tmp_path, load):
+    path = quoted_csv(tmp_path / "s.csv", ["Skill", "tot", "acc"], [["Overall", 100, 48.5], ["colour", 50, 40]])
+    frame, printed = load(path, "--model", "m", "--benchmark", "MathVista")
+    assert frame["benchmark"].tolist() == ["MathVista/Skill=Overall|acc"] and frame["score"].tolist() == [48.5]
+    assert "MathVista/Skill=Overall|tot" in printed
+
+
 @pytest.mark.parametrize(
     ("text", "words", "said"),
     [
@@ -419,7 +466,7 @@ def test_the_content_decides_not_the_name(tmp_path, load):
         (b"[]", "no result file of a known kind"),
         (b"{}", "no result file of a known kind"),
         (pickle.dumps({"model": "x"}), "never opened"),
-        (b"\xff\xfe\x00\x01binary", "neither text nor"),
+        (b"\xff\xfe\x00\x01binary", "neither UTF-8 text nor"),
         (b"PAR1 but nothing else", "cannot be read as a table"),
         (b"SQLite format 3\0" + b"\0" * 200, "database"),
     ],
@@ -444,7 +491,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, refused, content, said)
         ({"per_task": [], "per_group": {"g": {"pc_success": float("nan")}}, "overall": {}}, "pc_success is NaN"),
         ({"results": {}, "configs": {}}, "the file holds no results"),
         ({"results": {"t": {"m,none": float("nan")}}, "configs": {}}, "m is NaN, not a finite number"),
-        ({"results": {"t": {"m,none": "N/A"}}, "configs": {}}, 'm is "N/A", not a finite number'),
+        ({"results": {"t": {"submission,none": None}}, "configs": {}}, "the file holds no results (t/submission)"),
         ({"schema_version": "1.0", "model_name": "m", "datasets": {"d": {"status": "infer"}}},
          "no dataset of this run has scores"),
         ({"benchmark": "b", "tasks": [], "results": {}, "configs": {}}, "could be a file of vla-eval or of lmms-eval"),
