@@ -125,7 +125,7 @@ def _convert(
     config: dict[str, Any],
     shard: tuple[int, int],
 ) -> float | None:
-    """Write the store, print what came of it; returns images written per second, None when only a part was done."""
+    """Write the store, print what came of it; returns images converted per second, None when only a part was done."""
     from vlm4vla_core.episodes import conversion
     from vlm4vla_core.episodes.checks import black_cameras
     from vlm4vla_core.episodes.store import EpisodeStore
@@ -139,7 +139,7 @@ def _convert(
     if next(some, None):  # else there is nothing to convert, and the account will say why
         # A camera that was asked for is left out only when there is nothing in all the data.
         black = black_cameras(source, splits, cameras, 10**9 if args.cameras else conversion.LOOKS)
-    account = conversion.convert(
+    account, frames = conversion.convert(
         args.out,
         source,
         units,
@@ -162,7 +162,7 @@ def _convert(
         return None
     seconds = time.perf_counter() - began
     made = EpisodeStore.open(args.out)
-    rate = len(made) * len(made.cameras) / seconds
+    rate = frames / seconds
     for line in conversion.lines(account):
         print(f"note: {line}")
     counts = made.manifest["counts"]
