@@ -70,9 +70,9 @@ def _decoded(path: Path, start: float = 0.0) -> Iterator[tuple[float, av.VideoFr
     at = 0.0
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError("the file holds no video", where=path, fix=_AGAIN)
-            stream = container.streams.video[0]
+            stream = next((one for one in container.streams.video if one.codec_context), None)
+            if stream is None:
+                raise InputError("the file holds no video that can be decoded", where=path, fix=_AGAIN)
             stream.codec_context.thread_count = 1  # conversion is parallel over episodes
             if stream.time_base is None:
                 raise InputError("the video tells no times", where=path, fix=_AGAIN)
