@@ -66,16 +66,7 @@ def test_without_tables_it_reads_the_paper_and_says_so(capsys, tmp_path):
     )
     places = [plain.find(line) for line in told]
     assert -1 not in places, told[places.index(-1)]
-    heads = (
-        "Can the benchmark",
-        "VLM capability against",
-        "Who decides it?",
-        "Noise carried",
-        "3 pairs",
-        "What these",
-        "Verdict",
-    )
-    assert places == sorted(places) and sorted(map(out.index, heads)) == [out.index(head) for head in heads]
+    assert places == sorted(places)  # in the order in which the numbers should be read
     values = json.loads((tmp_path / "r.json").read_text())
     assert values["inputs"] == {"capability": "published (data/paper)", "performance": "published (data/paper)"}
     assert {pair["benchmark"]: round(pair["pearson"]["r"], 3) for pair in values["pairs"]} == {

@@ -222,7 +222,7 @@ def test_false_alarms_grow_with_what_lineages_share(published):
 
 def test_four_models_allow_no_verdict_and_five_do():
     x = np.array([0.0, 1, 3, 9, 20])  # no mirror image of itself, so that one arrangement of 24 reaches |r|
-    y = x + [0, 0.2, 0.1, 0.3, 0]
+    y = x + np.array([0, 0.2, 0.1, 0.3, 0])
     four = only(correlate(*tables(x[:4], y[:4])))
     assert four.pearson.p_exact < 0.05 and four.pearson.ci_fisher.low > 0
     assert four.verdict == "undetermined" and "4 models are too few" in four.why
