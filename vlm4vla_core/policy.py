@@ -148,8 +148,15 @@ class VLAPolicy(nn.Module):
 
         Names and values of weights stay. Give batches one length (`pad_to`), or every new one compiles anew.
         options: of `torch.compile`. Needs a C compiler on the CPU, Triton on a GPU."""
+        from vlm4vla_core.windows import one_call_per_layer
+
         base, spec = self.backbone.base, self.backbone.spec
-        for layer in (*base.get_submodule(spec.blocks), *base.get_submodule(spec.layers)):
+        whole = one_call_per_layer(self.backbone)  # elsewhere the library hooks into vision blocks, which parts graphs
+        # Layers of all kinds share one count of graphs in torch, and its limit of 8 would stop a validation.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in base.get_submodule(spec.blocks):
+            block.compile(fullgraph=whole, **options)
+        for layer in base.get_submodule(spec.layers):
             layer.compile(fullgraph=True, **options)
 
     def _inputs(self, images: np.ndarray, instructions: Sequence[str]) -> dict[str, Tensor]:

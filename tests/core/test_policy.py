@@ -20,6 +20,7 @@ from vlm4vla_core.families import families
 from vlm4vla_core.heads import GRIPPER_WEIGHTS, FCHead, action_losses
 from vlm4vla_core.options import BackboneOptions
 from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+from vlm4vla_core.windows import one_call_per_layer
 
 Q01 = (-0.05, -0.04, -0.03, 0.0, -0.02, -0.2, 0.0)
 Q99 = (0.06, 0.05, 0.03, 0.0, 0.02, 0.3, 1.0)
@@ -288,21 +289,51 @@ def test_no_padding_is_put_after_a_query_that_stands_after_the_padding():
         VLAPolicy(backbone, replace(make().config, pad_to=80))
 
 
-def test_compiled_layers_give_the_same_and_keep_their_names():
-    policy = make(pad_to=48)
-    expected, names = policy.predict(pictures(), TEXTS).actions, list(policy.state_dict())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families())
+def test_compiled_layers_give_the_same_and_keep_their_names(name: str, tmp_path: Path):
+    torch._dynamo.reset()
+    backbone = tiny(name)
+    policy = VLAPolicy(backbone, replace(make().config, pad_to=320)).eval()
+    images = np.random.default_rng(0).integers(0, 256, (3, backbone.image_size, backbone.image_size, 3), np.uint8)
+    expected, names = policy.predict(images, TEXTS).actions, list(policy.state_dict())
     seen = []
 
     def backend(graph: Any, inputs: Any) -> Any:  # counts graphs and runs them as they are: no C compiler is needed
         seen.append(graph)
         return graph.forward
 
+    described = backbone.describe()
     policy.compile_layers(backend=backend)
-    np.testing.assert_allclose(policy.predict(pictures(), TEXTS).actions, expected, atol=1e-6)
-    assert list(policy.state_dict()) == names and len(seen) >= 2
+    np.testing.assert_allclose(policy.predict(images, TEXTS).actions, expected, atol=1e-6)
+    assert list(policy.state_dict()) == names and backbone.describe() == described
+    if name == "qwen2_5_vl":
+        assert len(seen) <= 4  # one for vision blocks, one for decoder layers; twice where first and later calls differ
     many = len(seen)
-    policy.predict(pictures(seed=1), TEXTS[::-1])
+    policy.predict(images[::-1].copy(), TEXTS[::-1])
     assert len(seen) == many  # one length: nothing is compiled anew
+    policy.save(tmp_path / "ck")
+    np.testing.assert_allclose(VLAPolicy.load(tmp_path / "ck").predict(images, TEXTS).actions, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in families() if name.startswith("qwen")])
+@pytest.mark.parametrize("side", [112, 140])
+def test_one_attention_call_for_all_windows_changes_nothing(name: str, side: int, monkeypatch: pytest.MonkeyPatch):
+    backbone = tiny(name, image_size=side)
+    batch = backbone.collate(np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8), TEXTS)
+    attention, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def count(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    expected, before = backbone(batch), len(calls)
+    changed = one_call_per_layer(backbone)
+    uneven = backbone.geometry.window and side % backbone.geometry.window
+    assert changed == (not uneven)  # Qwen2.5-VL's windows do not tile 140 pixels
+    torch.testing.assert_close(backbone(batch), expected, atol=2e-6, rtol=0)
+    assert (len(calls) - before < before) == changed
 
 
 def test_dtype_and_device_can_change_at_loading(tmp_path: Path):
