@@ -1,7 +1,7 @@
 """The paper's augmentations beside decoding the picture they are made from, in CPU microseconds per picture.
 
 Run:  python benchmarks/augment.py [--out benchmarks/results/augment.json]
-A photo-like synthetic picture (smooth colour and noise) as JPEG of quality 95, by `images.decode` and `augment.augment`.
+A synthetic picture (smooth colour and noise) as JPEG of quality 95, through `images.decode` and `augment.augment`.
 """
 
 from __future__ import annotations

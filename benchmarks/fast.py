@@ -150,8 +150,8 @@ def main() -> None:
             decode = "        -" if row["decode_us"] is None else f"{row['decode_us']:9.0f}"
             print(
                 f"{row['variant']:36} {row['vocabulary']:5d}  {row['tokens']:6.1f}  {row['most']:4d}  "
-                f"{row['mae']:.4f}  {row['largest']:.4f}  {row['bound']:.3f}  {row['failed']:6d}  {row['encode_us']:9.0f}  {decode}  "
-                f"{row['fit_s']:5.1f}"
+                f"{row['mae']:.4f}  {row['largest']:.4f}  {row['bound']:.3f}  {row['failed']:6d}  "
+                f"{row['encode_us']:9.0f}  {decode}  {row['fit_s']:5.1f}"
             )
     result["made_by"] = {
         "command": "OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false python benchmarks/fast.py",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +181,16 @@ def test_damaged_files_and_pictures(root: Path, tmp_path: Path):
     path = tmp_path / "r.json"
     for content, match in [
         (b"", "no rows"), (b"[]", "no rows"), (b"[" * 100_000, r"nested too deeply"), (b'[{"a": }]', "Expecting value"),
+        (b'[{"a": ' + b"1" * 5000 + b"}]", "thousands of digits"),
         (b'[{"a": "\xff"}]', "no UTF-8 text"), (b'["\xc3', "no UTF-8|Unterminated"),
     ]:  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(InputError, match=match) as caught:
             LlavaData(path, root)
         assert str(path) in str(caught.value)
+    path.write_text(json.dumps([GOOD]) + "\n" + json.dumps([GOOD]))
+    with pytest.raises(InputError, match="something follows the list"):
+        LlavaData(path, root)
     with pytest.raises(InputError, match=r"cannot be read \(No such file"):
         LlavaData(tmp_path / "none.json", root)
     data = LlavaData(write(path, [GOOD]), root)
@@ -204,6 +210,28 @@ def test_a_file_cut_anywhere_is_refused_or_read_up_to_there(root: Path, tmp_path
         else:
             with pytest.raises(InputError, match=r"r\.json"):
                 LlavaData(tmp_path / name, root)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=3), st.booleans())
+def test_changed_bytes_are_refused_or_read(changes: list[tuple[int, int]], lines: bool):
+    """Whatever the bytes: an InputError with file and row, or rows that can all be read."""
+    with tempfile.TemporaryDirectory() as name:
+        path = write(Path(name) / ("r.jsonl" if lines else "r.json"), ROWS[:3])
+        content = bytearray(path.read_bytes())
+        for place, value in changes:
+            content[place % len(content)] = value
+        path.write_bytes(content)
+        try:
+            data = LlavaData(path, Path(name))
+            rows = [data[index] for index in range(len(data))]
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            return
+        assert rows
+        for row in rows:
+            with contextlib.suppress(InputError):  # there are no pictures
+                row.images()
 
 
 # --- parquet

@@ -185,18 +185,18 @@ def _json_rows(path: Path) -> Iterator[tuple[int, int, Any]]:
                 listed = text[at] == "["
                 at += listed
             elif listed and text[at] == "]":
+                if (text[at + 1 :] + handle.read(_BLOCK).decode("latin-1")).strip():
+                    raise wrong("something follows the list")
                 return
             else:
                 try:
                     value, end = scan(text, at)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    if (
-                        len(text) - at < _LONGEST
-                        and not isinstance(error, RecursionError)
-                        and more(max(_BLOCK, len(text) - at))
-                    ):
+                except json.JSONDecodeError as error:  # or the row goes on in the next block
+                    if len(text) - at < _LONGEST and more(max(_BLOCK, len(text) - at)):
                         continue
-                    raise wrong(getattr(error, "msg", "nested too deeply")) from None
+                    raise wrong(error.msg) from None
+                except (ValueError, RecursionError):
+                    raise wrong("nested too deeply, or a number of thousands of digits") from None
                 yield base + at, base + end, value
                 at, number = end, number + 1
 
@@ -217,7 +217,7 @@ def _conversation(value: Any, where: str) -> tuple[list[str], list[tuple[str, st
         raise wrong("'image' is neither a path nor a list of paths")
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise wrong(f"image path '{name}' leaves the image root")
+            raise wrong(f"image path {name!r} leaves the image root")
     said = value.get("conversations")
     if not isinstance(said, list) or not said or len(said) % 2:
         raise wrong("'conversations' is not a list of questions and answers")
@@ -294,14 +294,16 @@ class ChoiceData:
         number = int(np.searchsorted(starts, index, side="right")) - 1
         file, group = groups[number]
         where = f"{file}, row group {group}, row {index - starts[number]}"
-        if (number, group) not in self._last:
+        rows = self._last.get((number, group))
+        if rows is None:
             try:
                 table = pq.ParquetFile(file).read_row_group(group, ["question", "choices", "correct_answer", "image"])
             except (pa.ArrowException, OSError) as error:
                 raise InputError(f"damaged ({str(error).splitlines()[0]})", where=where, fix="fetch it again") from None
+            rows = table.to_pylist()
             self._last.clear()
-            self._last[number, group] = table.to_pylist()
-        row = self._last[number, group][index - int(starts[number])]
+            self._last[number, group] = rows
+        row = rows[index - int(starts[number])]
         choices, right, image = _choices(row["choices"]), row["correct_answer"], row["image"]
         data = bytes((image.get("bytes") if isinstance(image, dict) else image) or b"")
         for bad, reason in [
