@@ -71,7 +71,8 @@ class Backbone(nn.Module):
             _token_id(tokenizer, token) for token in (spec.image_token, spec.query_token, spec.answer_end)
         )
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
-        self.reserved = {*tokenizer.all_special_ids, self.image_id, self.query_id, self.end_id}
+        listed = {tokenizer.get_vocab().get(token) for token in spec.special_tokens}  # some are not flagged special
+        self.reserved = {*tokenizer.all_special_ids, *listed} - {None}
         words = base.get_submodule(spec.embeddings)
         if self.query_id >= words.num_embeddings:
             raise InputError(f"the query token's id {self.query_id} lies outside the {words.num_embeddings} word rows")

@@ -6,7 +6,10 @@ The layouts are written here by hand, from the names in the published files, and
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,7 +130,7 @@ def test_keys_that_do_not_fit_are_errors_that_name_them(name: str, tmp_path: Pat
     tensors = load_file(file)
     victim = next(key for key in tensors if "layers.0" in key and key.endswith("weight"))
     save_file({key: value for key, value in tensors.items() if key != victim}, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="weights missing: .*layers.0"):
+    with pytest.raises(InputError, match=r"weights missing: .*layers\.0"):
         load_backbone(lost)
     more = published(tmp_path / "more", model, **{"surprise.weight": torch.zeros(2)})
     with pytest.raises(InputError, match=r"weights left over: surprise\.weight"):
@@ -236,3 +239,22 @@ def test_a_missing_shard_is_refused_for_every_layout(tmp_path: Path):
         load_backbone(folder)
     with pytest.raises(InputError, match="a weight file is missing"):
         canonical_names(folder, member("paligemma").spec)
+
+
+def test_a_hub_id_loads_from_the_cache_offline(tmp_path: Path):
+    """In a process of its own: the library reads the cache's place when it is imported."""
+    cache = tmp_path / "hub" / "models--someone--some-vlm"
+    (cache / "snapshots").mkdir(parents=True)
+    published(cache / "snapshots" / "0123abcd", member("internvl"))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    code = (
+        "from vlm4vla_core.backbone import load_backbone; m = load_backbone('someone/some-vlm');"
+        "print(m.spec.name, m.lineage['source'], float(sum(p.double().sum() for p in m.base.parameters())))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1500:]
+    name, source, total = done.stdout.split()
+    expected = float(sum(p.double().sum() for p in member("internvl").base.parameters()).detach())
+    assert (name, source, float(total)) == ("internvl", "some-vlm", pytest.approx(expected, rel=1e-12))

@@ -59,7 +59,7 @@ SPECS = (
         name="kosmos2",
         model_types=("kosmos-2",),
         prompts={
-            "own": Prompt("<s><image>{image}</image>Question: {text} Answer:"),
+            "own": Prompt("<s><image>{image}</image> Question: {text} Answer:"),
             "paper": Prompt("<s><image>{image}</image><p>{text}\n</p>", "{instruction}"),
         },
         answer_end="</s>",
