@@ -2,7 +2,8 @@
 
 Followed: 0.7.3 (`loggers/evaluation_tracker.py`, `evaluator.py`), whose keys `results`, `configs`, `versions`,
 `n-shot`, `n-samples` and `METRIC,FILTER` are those of 0.3.0 too; 0.3.0 writes no version of itself. A row is called
-TASK/METRIC. Its prompt column holds what the task's configuration says about prompts, shots and chat template.
+TASK/METRIC. Its prompt column holds what the task's configuration says about prompts, shots and chat template. Checked
+against results and samples that 0.7.3's own tracker wrote.
 
 lmms-eval does not state a metric's unit: `mmmu_acc` is a fraction, MME's scores run to thousands, so the unit stays
 "unknown". Trap: `_stderr_clt` and `_stderr_clustered` are errors of the samples' mean, which some tasks then scale;

@@ -1,11 +1,11 @@
 """VLMEvalKit: `status.json` of a run, the score tables `*_acc.csv`, `*_score.json`, and judged answers `*_result.tsv`.
 
 Followed: 0.2rc1, commit e8e78f05 of August 2026 (`smp/status_report.py`, `smp/file.py`,
-`dataset/utils/multiple_choice.py`). Only `status.json` names model, dataset, commit and judge; the other files name
-neither, so both come from the layout `MODEL/[RUN/]MODEL_DATASET_acc.csv` or from --model and --benchmark. Scores are
-called DATASET/METRIC with the kit's own flattening (`split=dev|Overall`; the split "none" is left out), so the same
-score from two files is one score. Rows with "overall" in the name are taken, where there are any; the others are listed
-and taken with --only.
+`dataset/utils/multiple_choice.py`), checked against files that these functions wrote. Only `status.json` names model,
+dataset, commit and judge; the other files name neither, so both come from the layout
+`MODEL/[RUN/]MODEL_DATASET_acc.csv` or from --model and --benchmark. Scores are called DATASET/METRIC with the kit's own
+flattening (`split=dev|Overall`; the split "none" is left out), so the same score from two files is one score. Rows with
+"overall" in the name are taken, where there are any; the others are listed and taken with --only.
 
 Judged answers (column `hit`) give n and a standard error, which no score table states. The kit writes multiple-choice
 scores as fractions and most others in per cent and says so nowhere: the unit stays "unknown". Trap: its .pkl files
