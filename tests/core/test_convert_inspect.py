@@ -110,6 +110,15 @@ def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: 
     for part in ("0/2", "3/2", "1/1", "2", "a/b"):
         assert f"--shard {part} is no part" in fails(capsys, out, source, "--shard", part)
     assert "rlds data have no option 'scenes'" in fails(capsys, out, source, "--scenes", "A")
+    assert "no action convention 'bride'" in (line := fails(capsys, out, source, "--convention", "bride"))
+    assert "did you mean 'bridge'" in line
+    assert "rlds data have no option 'convention'" in fails(capsys, out, source, "--convention", "bridge")
+    model = json.dumps(BRIDGE.to_dict())
+    for text, told in (("[]", "no action convention"), (model.replace("frame", "fame"), "fame, frame"), ("{", "JSON")):
+        (tmp_path / "c.json").write_text(text)
+        assert told in fails(capsys, out, source, "--convention", str(tmp_path / "c.json"))
+    (tmp_path / "c.json").write_text(model)
+    assert "have no option 'convention'" in fails(capsys, out, source, "--convention", str(tmp_path / "c.json"))
     assert "transform 'libero' does not belong" in fails(capsys, out, source, "--transform", "libero")
     assert "black" in fails(capsys, out, source, "--cameras", "image_1")
 

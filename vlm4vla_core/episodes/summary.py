@@ -124,9 +124,8 @@ def _warnings(store: EpisodeStore, dimensions: list[Dimension]) -> list[str]:
     for dimension in dimensions:
         if dimension.kind == "action" and dimension.min == dimension.max and dimension.name != "gripper":
             found.append(f"action dimension {dimension.name} is constant ({dimension.min:g})")
-    gripper = store.action[:, -1]
-    moves = (np.diff(gripper) != 0) & (np.diff(store.episode_of) == 0)
-    if not moves.any():
+    moves = (np.diff(store.action[:, -1]) != 0) & (np.diff(store.episode_of) == 0)
+    if not moves.any() and not np.isnan(store.convention.gripper_open):  # NaN: no gripper there, or not known
         found.append("the gripper command never changes within an episode")
     if silent := sum(not text for text in store.instructions):
         found.append(f"{silent} of {len(store.instructions)} episodes have no instruction")

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
-from vlm4vla_core.errors import InputError
+from vlm4vla_core.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from vlm4vla_core.actions import ActionConvention
     from vlm4vla_core.episodes.source import Source
 
 
@@ -60,6 +61,9 @@ class Args:
     """CALVIN: also keep the depth images, losslessly."""
     observations: Literal["after_action", "before_action"] | None = None
     """LIBERO: whether the files hold the observation after each action (the default, LIBERO's own way) or before it."""
+    convention: str = ""
+    """LeRobot: what the actions mean, which such data do not say: calvin, libero, bridge, fractal, or a JSON file with
+    the fields of `convention` in a store's dataset.json. By default recorded as unknown."""
     json: Path | None = None
     """Also write the summary as JSON to this file."""
 
@@ -75,7 +79,8 @@ def run(args: Args) -> None:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
     shard = _shard(args.shard)
     options = {name: value for name in OPTIONS if (value := getattr(args, name))}
-    source = open_source(args.format, args.src, **options)
+    meaning = {"convention": _convention(args.convention)} if args.convention else {}
+    source = open_source(args.format, args.src, **options, **meaning)
     splits = choose_splits(source, args.split)
     transform = source.transforms[0] if args.transform == "dataset" else args.transform
     check_request(source, args.cameras, transform)
@@ -88,6 +93,7 @@ def run(args: Args) -> None:
         "size": args.size,
         "encoding": args.encoding,
         **options,
+        **{name: value.to_dict() for name, value in meaning.items()},
     }
     units = source.units(splits)
     rate = None
@@ -105,6 +111,24 @@ def run(args: Args) -> None:
         folders.write_json(
             args.json, {"store": args.out, **{key: manifest.get(key) for key in wanted}, "frames_per_s": rate}
         )
+
+
+def _convention(text: str) -> ActionConvention:
+    """A convention by name or from a JSON file. Raises InputError on an unknown name and on wrong fields."""
+    from vlm4vla_core import actions
+
+    known = {name: getattr(actions, name.upper()) for name in ("bridge", "calvin", "fractal", "libero")}
+    if text in known:
+        return known[text]
+    if not Path(text).is_file():
+        raise InputError(f"no action convention '{text}', nor a file of that name", fix=nearest(text, known))
+    value = folders.read_json(Path(text))
+    try:
+        return actions.ActionConvention.from_dict(value)
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"no action convention ({error})", where=text, fix="take one of dataset.json as a model"
+        ) from None
 
 
 def _shard(text: str) -> tuple[int, int]:
