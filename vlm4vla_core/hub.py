@@ -39,9 +39,8 @@ def read_base(
     config = _config(path)
     spec = spec_of(config, path)
     options: dict[str, Any] = {"attn_implementation": attn or spec.attention, "dtype": dtype or torch.float32}
-    untied = language_head and not config.tie_word_embeddings
     if init == "scratch":
-        base, head = draw(config, spec, seed, untied=untied, **options)
+        base, head = draw(config, spec, seed, untied=language_head and not config.tie_word_embeddings, **options)
     else:
         with torch.random.fork_rng(devices=[]):  # a load must not move the caller's random state
             base, report = _from_pretrained(
@@ -53,11 +52,13 @@ def read_base(
         verify(base, spec, folder)
         own = read_tensor(folder, spec, "lm_head.weight")
         words = base.get_submodule(spec.embeddings).weight.detach().cpu()
-        if own is not None and not torch.equal(own.to(words.dtype), words):
-            base.config.tie_word_embeddings, untied = False, language_head  # a config may leave it unsaid
-        if untied and own is None:
+        # Configs leave it unsaid, or say it of the text part only; a layer in the file that differs is not tied.
+        said = config.tie_word_embeddings, getattr(config.get_text_config(), "tie_word_embeddings", False)
+        tied = any(said) if own is None else said[0] and torch.equal(own.to(words.dtype), words)
+        base.config.tie_word_embeddings = tied
+        if language_head and not tied and own is None:
             raise InputError("the checkpoint has no output layer", where=path, fix="leave language_head out")
-        head = own.to(words.dtype) if untied and own is not None else None
+        head = own.to(words.dtype) if language_head and not tied and own is not None else None
     return base, _from_pretrained(AutoTokenizer, path), spec, head
 
 

@@ -282,3 +282,11 @@ def test_a_tower_with_fixed_positions_refuses_another_image_size(name: str):
     with pytest.raises(InputError, match="images of 112 pixels, not 56"):
         Backbone(copy.deepcopy(model.base), model.tokenizer, model.spec, 56)
     assert Backbone(copy.deepcopy(model.base), model.tokenizer, model.spec).image_size == 112  # the config's own
+
+
+def test_a_tokenizer_that_pads_unlike_a_model_that_counts_ids_is_refused():
+    model = member("kosmos2")
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.pad_token = "</s>"
+    with pytest.raises(InputError, match="pads with id 2, the model with 1"):
+        Backbone(copy.deepcopy(model.base), tokenizer, model.spec)

@@ -99,10 +99,12 @@ def test_every_family_has_a_published_layout():
 def test_the_published_layout_loads_bit_equal(name: str, tmp_path: Path):
     model = member(name)
     extra = {"mtp.fc.weight": torch.zeros(2, 2)} if name == "qwen3_5" else {}
+    if name == "kosmos2":  # as an old file
+        extra = {"text_model.model.embed_positions.weights": torch.zeros(4, 64)}
     folder = published(tmp_path / "m", model, **extra)
     keys = canonical_names(folder, model.spec)
     assert set(KNOWN.get(name, [])) <= set(keys)
-    assert set(keys.values()) - {"lm_head.weight", "mtp.fc.weight"} == set(dict(model.base.named_parameters()))
+    assert set(keys.values()) - {"lm_head.weight", *extra} == set(dict(model.base.named_parameters()))
     state = torch.get_rng_state()
     loaded = load_backbone(folder)
     assert torch.equal(state, torch.get_rng_state())
@@ -187,6 +189,24 @@ def test_the_output_layer_of_the_file_is_used_whatever_the_config_says(name: str
     assert load_backbone(folder).lm_head is None
     with pytest.raises(InputError, match="not tied"):
         load_backbone(folder).language_loss(torch.zeros(1, 112, 112, 3, dtype=torch.uint8).numpy(), ["a"], ["b"])
+
+
+def test_a_file_without_output_layer_is_tied_only_if_its_config_says_so_somewhere(tmp_path: Path):
+    model = member("llava_onevision")
+    for said in (True, False):
+        folder = published(tmp_path / f"{said}", model)
+        for file in weight_files(folder):
+            kept = {key: value for key, value in load_file(file).items() if "lm_head" not in key}
+            save_file(kept, file, metadata={"format": "pt"})
+        rename(folder, str)  # writes the index anew
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"] = False, said
+        (folder / "config.json").write_text(json.dumps(config))
+        loaded = load_backbone(folder)
+        assert loaded.base.config.tie_word_embeddings == said
+        if not said:
+            with pytest.raises(InputError, match="no output layer"):
+                load_backbone(folder, language_head=True)
 
 
 # --- from scratch ---------------------------------------------------------------------------------------

@@ -73,8 +73,6 @@ SPECS = (
         embed_scale="after",
         image_ids=_image_ids,
         published=((r"^text_model\.lm_head\.", "lm_head."),),
-        # Computed, not learned; older files hold them.
-        unexpected=(r"lm_head\.weight", r".*\.embed_positions\.weights", r".*\.position_ids"),
         vision_tower="vision_model",
         patch_embed=("vision_model.model.embeddings", "vision_model.model.pre_layrnorm"),
         blocks="vision_model.model.encoder.layers",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+# The output layer, and tables that older files hold and the library computes.
+UNEXPECTED = (r"lm_head\.weight", r".*\.position_ids", r".*\.inv_freq", r".*\.embed_positions\.weights")
 ACTION_QUESTION = "What action should the robotic arm take to {instruction}"
 
 
@@ -116,7 +118,7 @@ class FamilySpec:
     attention: str | dict[str, str] = "sdpa"
     embed_scale: str = "none"
     image_ids: Callable[[Any, int], list[int]] | None = None  # (tokenizer, number)
-    unexpected: tuple[str, ...] = (r"lm_head\.weight",)
+    unexpected: tuple[str, ...] = UNEXPECTED
     no_gradient: tuple[str, ...] = ()
     spatial: bool = True
 
