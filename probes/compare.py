@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from probes.correlation import holm
 from probes.differences import bootstrap, letters, newcombe, sign_flip, tango, welch
 from probes.episode_rows import Outcomes, outcomes
 from probes.jsonable import jsonable
+from probes.permutation import holm
 from vlm4vla_core.results import Interval, clopper_pearson, wilson
 
 if TYPE_CHECKING:

@@ -82,6 +82,7 @@ def outcomes(
         rows = rows.astype(object).assign(**{_ORIGIN: ""})
         rows = rows.where(rows.notna(), None)
     rows = _one_benchmark(rows, benchmark)
+    rows = rows.assign(task=rows["task"].fillna(""))  # chains belong to no single task
     chosen = _named(rows, policies) if policies else _every(rows)
     if len(chosen) < 2:
         raise InputError(f"{len(chosen)} policy to compare ({', '.join(chosen)})", fix="give rows of at least two")
@@ -144,11 +145,16 @@ def _aliases(rows: pd.DataFrame) -> dict[str, pd.Series]:
         names["model"] = rows["model"]
         if "step" in rows:
             stepped = [
-                f"{model}@{int(step)}" if step is not None else None
+                f"{model}@{_number(step)}" if step is not None else None
                 for model, step in zip(rows["model"], rows["step"], strict=True)
             ]
             names["model@step"] = pd.Series(stepped, index=rows.index, dtype=object)
     return names
+
+
+def _number(value: object) -> str:
+    """A CSV with gaps turns whole numbers into 10.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _named(rows: pd.DataFrame, policies: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -174,7 +180,7 @@ def _named(rows: pd.DataFrame, policies: Sequence[str]) -> dict[str, pd.DataFram
 def _one_policy(part: pd.DataFrame, name: str) -> pd.DataFrame:
     for column in _CONFIGURATION:
         if column in part and part[column].nunique(dropna=False) > 1:
-            values = ", ".join(map(str, dict.fromkeys(part[column])))
+            values = ", ".join(map(_number, dict.fromkeys(part[column])))
             fix = "name it MODEL@STEP" if column == "step" else "name it by its folder or run_id"
             raise InputError(f"'{name}' is more than one policy: its rows have {column} {values}", fix=fix)
     return part
@@ -257,7 +263,7 @@ def _metric(rows: pd.DataFrame, wanted: Literal["success", "chain"] | None) -> L
 def _states(part: pd.DataFrame, key: list[str], kind: str, name: str) -> pd.DataFrame:
     """(states x training seeds); states that some seed lacks are left out."""
     seeds = part["train_seed"] if "train_seed" in part else [None] * len(part)
-    table = part.assign(_seed=["not stated" if seed is None else str(seed) for seed in seeds])
+    table = part.assign(_seed=["not stated" if seed is None else _number(seed) for seed in seeds])
     if (again := table.duplicated([*key, "_seed"])).any():
         state = ", ".join(f"{column} {table.loc[again, column].iloc[0]}" for column in key if column != "benchmark")
         raise InputError(f"an episode of '{name}' stands more than once ({state})",

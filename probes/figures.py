@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from probes.correlation import Correlation, Pair
+    from probes.pairs import Correlation, Pair
 
 _METRICS = {"avg_len": "mean tasks in a row (of 5)", "success_pct": "success (%)", "success_rate": "success rate"}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -156,6 +158,18 @@ def test_several_training_seeds_are_one_policy_and_said_so():
         compare(again, ["A", "B"])
 
 
+def test_tables_with_gaps_and_unknowns(tmp_path):
+    """CSV writes no difference between an empty task and none, and 10.0 where some step is missing."""
+    a = rows("A", {"": [5, 4, 2]}, "chain", step=10, train_seed=3)
+    b = rows("B", {"": [5, 1, 2]}, "chain", step=None)
+    joined(a, b, rows("C", {"": [5, 1, 2]}, "chain", step="unknown")).to_csv(tmp_path / "r.csv", index=False)
+    table = read_rows([tmp_path / "r.csv"])
+    result = compare(table, ["A@10", "B"])
+    assert result.differences[0].n == 3 and result.differences[0].difference == pytest.approx(1)
+    joined(a, b).to_csv(tmp_path / "s.csv", index=False)
+    assert compare(read_rows([tmp_path / "s.csv"]), ["A@10", "B"]).policies[0].by_seed == {"3": pytest.approx(11 / 3)}
+
+
 def test_chains():
     rng = np.random.default_rng(0)
     a, b = rng.choice(6, 150, p=[0.05, 0.05, 0.1, 0.1, 0.2, 0.5]), rng.choice(6, 150, p=[0.1, 0.1, 0.2, 0.2, 0.2, 0.2])
@@ -219,7 +233,7 @@ def test_many_policies_are_ranked_and_grouped():
 @pytest.mark.slow
 def test_family_wise_error_of_equal_policies():
     """Five equally good policies: in at most 5 % of studies some pair is called different."""
-    rng, wrong, studies = np.random.default_rng(0), 0, 300
+    rng, wrong, studies = np.random.default_rng(0), 0, 150
     for _ in range(studies):
         chance = rng.uniform(size=50)
         told = compare(joined(*(rows(n, {"x": rng.uniform(size=50) < chance}) for n in "ABCDE")))
@@ -291,6 +305,17 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, files, tmp_path, words
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and err.startswith("vlm4vla compare: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("verb", ["compare", "power"])
+def test_help_is_quick_because_nothing_heavy_is_imported(verb):
+    code = (
+        f"import sys; from vlm4vla_core.cli import main; assert main(['{verb}', '--help']) == 0;"
+        "heavy = {'pandas', 'scipy', 'matplotlib', 'torch', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"Example: vlm4vla {verb}" in done.stdout
 
 
 @pytest.mark.parametrize("table", ["freezing", "injection", "auxiliary", "scratch"])

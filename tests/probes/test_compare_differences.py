@@ -16,8 +16,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from probes.correlation import holm
 from probes.differences import bootstrap, letters, newcombe, sign_flip, tango, welch
+from probes.permutation import holm
 from vlm4vla_core.results import clopper_pearson, wilson
 
 R = json.loads((Path(__file__).parent.parent / "oracles" / "compare.json").read_text())

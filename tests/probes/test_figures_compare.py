@@ -10,8 +10,9 @@ import pytest
 
 from probes import figures_compare, figures_power, style, tables
 from probes.compare import compare
-from probes.correlation import Correlation, correlate
+from probes.correlation import correlate
 from probes.figures import capability_scatter
+from probes.pairs import Correlation
 from probes.paper import capability, performance
 from probes.power import plan, power_of_r, reference
 
