@@ -17,7 +17,7 @@ from vlm4vla_core.errors import InputError, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "record": ("vlm4vla_core.verbs.record", "record scripted demonstrations in a built-in world into an episode store"),
-    "convert": ("vlm4vla_core.verbs.convert", "convert robot data (RLDS, CALVIN, LIBERO, LeRobot) into an episode store"),
+    "convert": ("vlm4vla_core.verbs.convert", "convert RLDS, CALVIN, LIBERO or LeRobot data into an episode store"),
     "inspect": (
         "vlm4vla_core.verbs.inspect",
         "look into robot data or an episode store: counts, histograms, warnings, contact sheet",

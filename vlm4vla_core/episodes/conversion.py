@@ -72,6 +72,13 @@ def up_to_date(out: Path, source: Source, units: Sequence[Unit], config: Mapping
     return folders.current(out, KIND, config=config, inputs=now, name=MANIFEST)
 
 
+def tidy(out: Path) -> None:
+    """Remove what a conversion left that was killed after its store had been put in place."""
+    partial = partial_folder(out)
+    if partial.is_dir() and not (partial / "store").exists():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def stamp(source: Source, unit: Unit) -> str:
     """Fingerprint of the names, sizes and modification times of a unit's files: cheap, and changes when they do."""
     return folders.fingerprint([[_short(source, path), *_size_and_time(path)] for path in unit.files])
@@ -181,6 +188,7 @@ def convert(
     """
     out = Path(out).resolve()
     folders.check_replaceable(out, KIND)
+    folders.recover(out)
     partial = partial_folder(out)
     key = folders.fingerprint({"config": dict(config), "cameras": cameras, "recipe": recipe.to_dict()})
     job = Job(source, recipe, cameras, transform, partial, key)

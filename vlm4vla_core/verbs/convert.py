@@ -98,6 +98,7 @@ def run(args: Args) -> None:
     units = source.units(splits)
     rate = None
     if conversion.up_to_date(args.out, source, units, config):
+        conversion.tidy(args.out)
         print(f"{args.out} is up to date")
     else:
         folders.refuse_other(args.out, "episodes", name=folders.STORE_MANIFEST)
@@ -111,6 +112,10 @@ def run(args: Args) -> None:
         folders.write_json(
             args.json, {"store": args.out, **{key: manifest.get(key) for key in wanted}, "frames_per_s": rate}
         )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _convention(text: str) -> ActionConvention:
@@ -179,7 +184,7 @@ def _convert(
         transform=transform,
         config=config,
         black=black,
-        workers=args.workers or len(os.sched_getaffinity(0)),
+        workers=args.workers or _cores(),
         shard=shard,
     )
     if account is None:
