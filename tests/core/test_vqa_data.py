@@ -212,7 +212,7 @@ def test_a_file_cut_anywhere_is_refused_or_read_up_to_there(root: Path, tmp_path
                 LlavaData(tmp_path / name, root)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(deadline=None, derandomize=True, max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=3), st.booleans())
 def test_changed_bytes_are_refused_or_read(changes: list[tuple[int, int]], lines: bool):
     """Whatever the bytes: an InputError with file and row, or rows that can all be read."""
