@@ -127,9 +127,10 @@ def sqlite_rows(path: Path) -> Iterator[sqlite3.Connection]:
         if "locked" in str(error) or "busy" in str(error):
             fix = "let the evaluation finish, or copy the file"
             raise InputError("the database is locked by another program", where=path, fix=fix) from None
-        raise InputError(f"not a readable database ({error})", where=path) from None
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"the database is damaged ({error})", where=path, fix="copy the file again") from None
+        raise InputError(f"not a readable database ({str(error).splitlines()[0]})", where=path) from None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        what = f"the database is damaged ({str(error).splitlines()[0]})"
+        raise InputError(what, where=path, fix="copy the file again") from None
     after = path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise InputError("the database changed while it was read", where=path, fix="let the evaluation finish")

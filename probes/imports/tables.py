@@ -154,7 +154,7 @@ def _records(
             values[name] = values.get(name) or (labels.benchmark if name == "benchmark" else labels.model) or None
             if values[name] is None and not (name == "benchmark" and rows == "capability"):
                 raise InputError(f"no {name}", where=where, fix=f"fill the column {name} or leave the row out")
-        where += f", {values['model']} on {values['benchmark']}"
+        where += " ".join(f", {values['model']} on {values['benchmark']}".split())
         values["benchmark"] = values["benchmark"] or "capability"
         if rows == "episodes":
             values["success"] = truth(values.get("success"), where, "success")

@@ -530,6 +530,32 @@ def test_a_database_in_use_or_damaged_is_refused(tmp_path, refused):
     assert "no result file of a known kind" in refused(foreign, "--model", "m")
 
 
+@pytest.mark.slow
+def test_damaged_files_end_in_rows_or_in_one_line(tmp_path, capsys):
+    """Cut short, flipped bytes, JSON values replaced: 600 files, never a traceback."""
+    rng = np.random.default_rng(0)
+    status, table, answers = kit(tmp_path)
+    scores = lmms_results(tmp_path / "l.json", {"t": {"m": 0.5, "m_stderr": 0.1}})
+    made = [libero(tmp_path / "r.sqlite"), harness_json(tmp_path / "h.json", {"pick": [True, False]}), scores, status,
+            table, answers, lerobot_json(tmp_path / "e.json", {"g": {0: [True, False]}})]  # fmt: skip
+    for _ in range(600):
+        path = made[rng.integers(len(made))]
+        data = bytearray(path.read_bytes())
+        if rng.random() < 0.3:
+            del data[rng.integers(len(data)) :]
+        else:
+            for place in rng.integers(len(data), size=rng.integers(1, 20)):
+                data[place] = rng.integers(256)
+        (tmp_path / "damaged").write_bytes(bytes(data))
+        out = tmp_path / "out.csv"
+        out.unlink(missing_ok=True)
+        words = ["--model", "m", "--benchmark", "b"][: rng.choice([2, 4])]
+        code = main(["import-results", str(tmp_path / "damaged"), *words, "--out", str(out)])
+        assert code == 0 or (code == 2 and capsys.readouterr().err.count("\n") == 1)
+        assert out.exists() == (code == 0)
+        capsys.readouterr()
+
+
 def test_reading_a_recording_leaves_it_and_its_folder_as_they_were(tmp_path, load):
     folder = tmp_path / "run"
     folder.mkdir()
