@@ -176,6 +176,57 @@ def parsing(source: Path) -> dict[str, float]:
     return {**{f"{name}_per_cpu_s": rate for name, rate in rates.items()}, "share": rates["decode"] / rates["parse"]}
 
 
+def against_bare(store: EpisodeStore, camera: str, rng: np.random.Generator) -> dict[str, Any]:
+    """The store beside bare decoding of the same bytes, in many short turns: microseconds and ratios, medians."""
+    draws = [rng.integers(0, len(store), 96) for _ in range(60)]
+    bytes_of = [[store.jpeg(camera, row) for row in rows] for rows in draws]
+
+    def chunks(rows: np.ndarray) -> None:
+        action_chunks(store.action, store.episode_of, rows, CHUNK)
+
+    def bare(rows: np.ndarray, data: list[bytes]) -> None:
+        for item in data:
+            simplejpeg.decode_jpeg(item)
+
+    def single(rows: np.ndarray, data: list[bytes]) -> None:
+        for row in rows:
+            store.images(camera, [row])
+            store.action[row : row + CHUNK]
+
+    def padded(rows: np.ndarray, data: list[bytes]) -> None:
+        for row in rows[:, None]:
+            store.images(camera, row)
+            chunks(row)
+
+    def batches(rows: np.ndarray, data: list[bytes]) -> None:
+        for batch in np.split(rows, 3):
+            store.images(camera, batch)
+            chunks(batch)
+
+    def bare_batches(rows: np.ndarray, data: list[bytes]) -> None:
+        for start in range(0, 96, 32):
+            np.stack([simplejpeg.decode_jpeg(item) for item in data[start : start + 32]])
+
+    work = {
+        "bare simplejpeg, each picture thrown away": bare,
+        "store, one picture and a slice of actions": single,
+        "store, one picture and a padded, masked chunk": padded,
+        "store, batches of 32 with chunks, as training draws them": batches,
+        "bare simplejpeg, stacked to batches of 32": bare_batches,
+    }
+    spent: dict[str, list[float]] = {name: [] for name in work}
+    for rows, data in zip(draws, bytes_of, strict=True):
+        for name, run in work.items():
+            began = time.process_time()
+            run(rows, data)
+            spent[name].append((time.process_time() - began) / 96 * 1e6)
+    first = np.array(spent["bare simplejpeg, each picture thrown away"])
+    return {
+        name: {"us_per_sample": float(np.median(times)), "of_bare": float(np.median(first / np.array(times)))}
+        for name, times in spent.items()
+    }
+
+
 def access(store: EpisodeStore, raw: EpisodeStore, samples: Path, pictures: np.ndarray, room: Path) -> dict[str, Any]:
     """Training samples per CPU second: one random picture of 224 px and the next CHUNK actions."""
     import av
@@ -183,12 +234,12 @@ def access(store: EpisodeStore, raw: EpisodeStore, samples: Path, pictures: np.n
     rng = np.random.default_rng(0)
     (camera,) = store.cameras
     rows = rng.integers(0, len(store), 800)
-    jpegs = [store.jpeg(camera, row) for row in rows]
+    beside = against_bare(store, camera, rng)
 
     def from_store(opened: EpisodeStore) -> int:
-        for row in rows:
-            opened.images(camera, [row])
-            action_chunks(opened.action, opened.episode_of, np.array([row]), CHUNK)
+        for batch in np.split(rows, 25):
+            opened.images(camera, batch)
+            action_chunks(opened.action, opened.episode_of, batch, CHUNK)
         return len(rows)
 
     steps = write_calvin(room, samples, 60)
@@ -222,7 +273,6 @@ def access(store: EpisodeStore, raw: EpisodeStore, samples: Path, pictures: np.n
     h264 = write_video(room / "h264.mp4", small, "libx264")
     real = next((samples / "lerobot_v30_unitree_g1").rglob("*.mp4"))
     work = {
-        "bare simplejpeg of the same frames": lambda: len([simplejpeg.decode_jpeg(data) for data in jpegs]),
         "episode store": lambda: from_store(store),
         "episode store, raw": lambda: from_store(raw),
         "CALVIN npz as the paper reads it (11 files, 5 keys)": calvin,
@@ -238,6 +288,7 @@ def access(store: EpisodeStore, raw: EpisodeStore, samples: Path, pictures: np.n
     return {
         "samples_per_cpu_s": rates,
         "store_against": {name: mine / rate for name, rate in rates.items() if not name.startswith("episode store")},
+        "beside bare decoding": beside,
     }
 
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from probes.correlation import holm
 from probes.differences import bootstrap, letters, newcombe, sign_flip, tango, welch
 from probes.episode_rows import Outcomes, outcomes
 from probes.jsonable import jsonable
+from probes.permutation import holm
 from vlm4vla_core.results import Interval, clopper_pearson, wilson
 
 if TYPE_CHECKING:
@@ -238,15 +238,16 @@ def _describe(found: Outcomes, i: int, level: float, seed: int) -> PolicyResult:
 def _difference(found: Outcomes, i: int, j: int, task: str, level: float, seed: int) -> Difference:
     picked = [np.ones(len(found.task[k]), bool) if task == ALL else found.task[k] == task for k in (i, j)]
     a, b = found.values[i][picked[0]], found.values[j][picked[1]]
-    tasks = (found.task[i][picked[0]], found.task[j][picked[1]])
+    names = (found.names[i], found.names[j])
     if not found.paired:
-        return _independent(found, i, j, task, a, b, tasks, level, seed)
+        return (_independent_chains if found.metric == "chain" else _independent)(names, task, a, b, level)
+    tasks = found.task[i][picked[0]]
     each = a.mean(axis=1) - b.mean(axis=1)
-    strata = [each[tasks[0] == name] for name in found.tasks if (tasks[0] == name).any()]
+    strata = [each[tasks == name] for name in found.tasks if (tasks == name).any()]
     scale = np.lcm(a.shape[1], b.shape[1])  # differences in whole numbers, so that equal ones are equal
     p, p_mid = sign_flip(np.rint(each * scale))
     told = Difference(
-        found.names[i], found.names[j], task, len(each), float(each.mean()), None,
+        *names, task, len(each), float(each.mean()), None,
         None, "sign flips over initial states, exact", p, p_mid,
         training=welch(a.mean(axis=0).tolist(), b.mean(axis=0).tolist(), level),
     )  # fmt: skip
@@ -263,21 +264,22 @@ def _difference(found: Outcomes, i: int, j: int, task: str, level: float, seed: 
     )  # fmt: skip
 
 
-def _independent(
-    found: Outcomes, i: int, j: int, task: str, a: np.ndarray, b: np.ndarray, tasks: tuple[np.ndarray, np.ndarray],
-    level: float, seed: int,
-) -> Difference:  # fmt: skip
-    """All episodes of each as independent samples: successes as counts, chains by Welch's t."""
-    names = (found.names[i], found.names[j])
-    if found.metric == "success":
-        told = count_difference(*names, int(a.sum()), a.size, int(b.sum()), b.size, level)
-        return replace(told, task=task, p_holm=float("nan"))
+def _independent(names: tuple[str, str], task: str, a: np.ndarray, b: np.ndarray, level: float) -> Difference:
+    """All successes of each as counts of independent samples."""
+    told = count_difference(*names, int(a.sum()), a.size, int(b.sum()), b.size, level)
+    return replace(told, task=task, p_holm=float("nan"))
+
+
+def _independent_chains(names: tuple[str, str], task: str, a: np.ndarray, b: np.ndarray, level: float) -> Difference:
+    """Mean chain lengths of independent samples: Welch's interval and t test."""
     from scipy.stats import ttest_ind
 
     left, right = a.ravel(), b.ravel()
     span = welch(left.tolist(), right.tolist(), level)
-    p = 1.0 if span is None else float(ttest_ind(left, right, equal_var=False).pvalue)
     difference = float(left.mean() - right.mean())
+    p = float(difference == 0)  # without any spread: certainly equal or certainly not
+    if span is not None:
+        p = float(ttest_ind(left, right, equal_var=False).pvalue)
     return Difference(*names, task, left.size + right.size, difference, span, None, "Welch t", p, None)
 
 

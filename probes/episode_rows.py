@@ -30,7 +30,8 @@ _CONFIGURATION = ("model", "init", "freeze", "aux", "step", "execute")  # what e
 class Outcomes:
     """values[i]: (states, seeds) of policy i; task[i]: (states,) task names. Paired: the same states in the same order.
 
-    steps: tasks of a chain. unpaired: policy -> task -> episodes that some other policy lacks.
+    steps: tasks of a chain. unpaired: policy -> task -> episodes that some other policy lacks, or
+    whose task it lacks where episodes are not paired.
     """
 
     metric: Literal["success", "chain"]
@@ -81,6 +82,7 @@ def outcomes(
         rows = rows.astype(object).assign(**{_ORIGIN: ""})
         rows = rows.where(rows.notna(), None)
     rows = _one_benchmark(rows, benchmark)
+    rows = rows.assign(task=rows["task"].fillna(""))  # chains belong to no single task
     chosen = _named(rows, policies) if policies else _every(rows)
     if len(chosen) < 2:
         raise InputError(f"{len(chosen)} policy to compare ({', '.join(chosen)})", fix="give rows of at least two")
@@ -92,8 +94,7 @@ def outcomes(
         fix = "add a column episode or env_seed" + ("" if paired else ", any running number will do")
         raise InputError("the rows do not say which initial state an episode started from", fix=fix)
     tables = {name: _states(part, key, kind, name) for name, part in chosen.items()}
-    common = _common(tables) if paired else None
-    kept = {name: table if common is None else table.loc[common] for name, table in tables.items()}
+    kept = _common(tables) if paired else _common_tasks(tables)
     unpaired = {}
     for name, part in chosen.items():
         states = set(map(tuple, kept[name].index))
@@ -112,7 +113,7 @@ def outcomes(
         protocol=protocol,
         execute=execute,
         unpaired=unpaired,
-        notes=_notes(kept, chosen),
+        notes=_notes(kept, chosen) + (() if paired else _mixture(kept)),
     )
 
 
@@ -144,11 +145,16 @@ def _aliases(rows: pd.DataFrame) -> dict[str, pd.Series]:
         names["model"] = rows["model"]
         if "step" in rows:
             stepped = [
-                f"{model}@{int(step)}" if step is not None else None
+                f"{model}@{_number(step)}" if step is not None else None
                 for model, step in zip(rows["model"], rows["step"], strict=True)
             ]
             names["model@step"] = pd.Series(stepped, index=rows.index, dtype=object)
     return names
+
+
+def _number(value: object) -> str:
+    """A CSV with gaps turns whole numbers into 10.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _named(rows: pd.DataFrame, policies: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -174,7 +180,7 @@ def _named(rows: pd.DataFrame, policies: Sequence[str]) -> dict[str, pd.DataFram
 def _one_policy(part: pd.DataFrame, name: str) -> pd.DataFrame:
     for column in _CONFIGURATION:
         if column in part and part[column].nunique(dropna=False) > 1:
-            values = ", ".join(map(str, dict.fromkeys(part[column])))
+            values = ", ".join(map(_number, dict.fromkeys(part[column])))
             fix = "name it MODEL@STEP" if column == "step" else "name it by its folder or run_id"
             raise InputError(f"'{name}' is more than one policy: its rows have {column} {values}", fix=fix)
     return part
@@ -257,7 +263,7 @@ def _metric(rows: pd.DataFrame, wanted: Literal["success", "chain"] | None) -> L
 def _states(part: pd.DataFrame, key: list[str], kind: str, name: str) -> pd.DataFrame:
     """(states x training seeds); states that some seed lacks are left out."""
     seeds = part["train_seed"] if "train_seed" in part else [None] * len(part)
-    table = part.assign(_seed=["not stated" if seed is None else str(seed) for seed in seeds])
+    table = part.assign(_seed=["not stated" if seed is None else _number(seed) for seed in seeds])
     if (again := table.duplicated([*key, "_seed"])).any():
         state = ", ".join(f"{column} {table.loc[again, column].iloc[0]}" for column in key if column != "benchmark")
         raise InputError(f"an episode of '{name}' stands more than once ({state})",
@@ -265,7 +271,8 @@ def _states(part: pd.DataFrame, key: list[str], kind: str, name: str) -> pd.Data
     return table.set_index([*key, "_seed"])[kind].astype(float).unstack("_seed", sort=False).dropna()
 
 
-def _common(tables: dict[str, pd.DataFrame]) -> pd.MultiIndex:
+def _common(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Every policy on the states that all of them ran."""
     first, *others = tables.values()
     common = first.index
     for other in others:
@@ -273,7 +280,15 @@ def _common(tables: dict[str, pd.DataFrame]) -> pd.MultiIndex:
     if not len(common):
         raise InputError(f"{', '.join(tables)} have no initial state in common, so nothing can be paired",
                          fix="evaluate them on the same episodes, or add --unpaired")  # fmt: skip
-    return common
+    return {name: table.loc[common] for name, table in tables.items()}
+
+
+def _common_tasks(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Every policy on the tasks that all of them ran: rates over different tasks are not comparable either."""
+    common = set.intersection(*(set(table.index.get_level_values("task")) for table in tables.values()))
+    if not common:
+        raise InputError(f"{', '.join(tables)} have no task in common", fix="evaluate them on the same tasks")
+    return {name: table[table.index.get_level_values("task").isin(common)] for name, table in tables.items()}
 
 
 def _notes(kept: dict[str, pd.DataFrame], chosen: dict[str, pd.DataFrame]) -> tuple[str, ...]:
@@ -291,3 +306,13 @@ def _notes(kept: dict[str, pd.DataFrame], chosen: dict[str, pd.DataFrame]) -> tu
     if missing:
         notes.append(f"not stated: {', '.join(missing)}")
     return tuple(notes)
+
+
+def _mixture(kept: dict[str, pd.DataFrame]) -> tuple[str, ...]:
+    shares = {
+        tuple(sorted(table.index.get_level_values("task").value_counts(normalize=True).round(9).to_dict().items()))
+        for table in kept.values()
+    }
+    if len(shares) == 1:
+        return ()
+    return ("tasks have different shares of the policies' episodes: over all tasks, easy tasks may decide",)

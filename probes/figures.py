@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from probes.correlation import Correlation, Pair
+    from probes.pairs import Correlation, Pair
 
 _METRICS = {"avg_len": "mean tasks in a row (of 5)", "success_pct": "success (%)", "success_rate": "success rate"}
 
@@ -48,7 +48,7 @@ def capability_scatter(result: Correlation, *, width: float = TWO_COLUMN) -> Fig
         columns = max(1, min(len(result.pairs), int(width // 2.2)))
         rows = ceil(len(result.pairs) / columns)
         scores = list(dict.fromkeys(pair.capability for pair in result.pairs))
-        fig, axes = new_figure(rows, columns, width=width, height=rows * 2.75 + 0.6)
+        fig, axes = new_figure(rows, columns, width=width, height=rows * 2.9 + 0.6)
         lineages = {point.lineage: None for pair in result.pairs for point in pair.points}
         marks = {name: mark for name, mark in lineage_marks(lineages).items() if name in lineages}
         for ax in axes.flat[len(result.pairs) :]:

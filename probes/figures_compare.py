@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from probes.compare import Comparison
-    from probes.tables import AuxiliaryTable, Contrasts
+    from probes.tables import AuxiliaryTable, Contrast, Contrasts
     from vlm4vla_core.results import Interval
 
 
@@ -82,34 +82,43 @@ def comparison_forest(result: Comparison, *, width: float = ONE_COLUMN) -> Figur
     return fig
 
 
-def contrast_forest(table: Contrasts, *, width: float = ONE_COLUMN) -> Figure:
-    """The paper's contrasts: one panel per benchmark, grouped by model; hollow where Holm's p is 0.05 or more."""
-    benchmarks = list(dict.fromkeys(row.benchmark for row in table.rows))
+def contrast_forest(*tables: Contrasts, width: float = ONE_COLUMN) -> Figure:
+    """The paper's contrasts: a panel per table and benchmark, grouped; hollow where Holm's p is 0.05 or more."""
     units = {"success_pct": "difference of success, points", "avg_len": "difference of mean tasks in a row"}
-    with figure_style():
-        panels = []
-        for benchmark in benchmarks:
-            lines: list[Line] = []
+    panels: list[tuple[str, list[Line], str]] = []
+    for table in tables:
+        for benchmark in dict.fromkeys(row.benchmark for row in table.rows):
             chosen = [(row, p) for row, p in zip(table.rows, table.p_holm, strict=True) if row.benchmark == benchmark]
-            for row, p in chosen:
-                group = row.model if table.table != "injection" else _stages(row.setting)[1]
-                name = row.setting if table.table == "freezing" else row.model
-                name = _stages(row.setting)[0] if table.table == "injection" else name
-                if table.table != "scratch" and group not in [line.label for line in lines if line.heading]:
-                    lines.append(Line(group, 0, None, False, heading=True))
-                digits = 1 if row.metric == "success_pct" else 2
-                mark = "*" if row.flag else ""
-                lines.append(Line(name, row.difference, row.interval, p < 0.05, signed(row.difference, digits) + mark))
-            panels.append((benchmark, lines, units[chosen[0][0].metric]))
+            title = f"{benchmark}: {_TITLES[table.table]}"
+            panels.append((title, _contrast_lines(table.table, chosen), units[chosen[0][0].metric]))
+    with figure_style():
         heights = [0.62 + 0.17 * len(lines) for _, lines, _ in panels]
         fig, axes = new_figure(len(panels), 1, width=width, height=sum(heights) + 0.25, height_ratios=heights)
-        for ax, (benchmark, lines, unit) in zip(axes.flat, panels, strict=True):
+        for ax, (title, lines, unit) in zip(axes.flat, panels, strict=True):
             forest(ax, lines)
-            ax.set_title(benchmark, fontsize=7.5)
+            ax.set_title(title, fontsize=7.5)
             ax.set_xlabel(unit)
-        note = "95 %; filled: p < 0.05 after Holm" + ("; *: fits no count" if any(r.flag for r in table.rows) else "")
+        flagged = any(row.flag for table in tables for row in table.rows)
+        note = "95 %; filled: p < 0.05 after Holm" + ("; *: fits no count" if flagged else "")
         fig.supxlabel(note, fontsize=SMALL, color=MUTED)
     return fig
+
+
+_TITLES = {"freezing": "frozen parts", "injection": "actions first", "scratch": "random init"}
+
+
+def _contrast_lines(table: str, chosen: list[tuple[Contrast, float]]) -> list[Line]:
+    """Freezing by model, injection by policy stage; from scratch every model has one line."""
+    lines: list[Line] = []
+    for row, p in chosen:
+        stage, policy = _stages(row.setting)
+        group, name = {"freezing": (row.model, row.setting), "injection": (policy, stage)}.get(table, ("", row.model))
+        if group and group not in [line.label for line in lines if line.heading]:
+            lines.append(Line(group, 0, None, False, heading=True))
+        digits = 1 if row.metric == "success_pct" else 2
+        note = signed(row.difference, digits) + ("*" if row.flag else "")
+        lines.append(Line(name, row.difference, row.interval, p < 0.05, note))
+    return lines
 
 
 def _stages(setting: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def bca(
-    x: np.ndarray, y: np.ndarray, level: float = 0.95, *, ranks: bool = False, seed: int = 0, draws: int = 10_000
+    x: np.ndarray, y: np.ndarray, level: float = 0.95, *, ranks: bool = False, seed: int = 0, draws: int = 40_000
 ) -> Interval | None:
     """Bias-corrected and accelerated bootstrap interval of r (Efron 1987) over resampled models.
 

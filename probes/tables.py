@@ -88,7 +88,7 @@ class Contrasts:
 def contrasts(table: Table) -> Contrasts:
     """freezing: against full fine-tuning; injection: against no first stage, for each policy stage; scratch: against
     the pretrained model's row in the main table. Raises InputError for another name."""
-    from probes.correlation import holm
+    from probes.permutation import holm
 
     rows = {"freezing": _freezing, "injection": _injection, "scratch": _scratch}
     if table not in rows:

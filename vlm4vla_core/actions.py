@@ -6,6 +6,7 @@ Silent mismatches (gripper sign, rotation layout, control rate) are the commones
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -18,16 +19,16 @@ class ActionConvention:
 
     names: one per dimension, in order. units: one per dimension (`m`, `rad`, `1`, ...).
     frame: what the motion is expressed in. rotation: `euler_xyz`, `axis_angle`, `rot6d` or `none`.
-    relative: motion since the current pose (True) or a target pose (False).
-    gripper_open, gripper_closed: the value of the last dimension for each state.
-    control_hz: actions per second. scaling: what one unit of the numbers stands for, in words.
+    relative: motion since the current pose (True), a target pose (False), or not known (None).
+    gripper_open, gripper_closed: the value of the last dimension for each state; NaN (null in JSON) when it is no
+    gripper or not known. control_hz: actions per second. scaling: what one unit of the numbers stands for, in words.
     """
 
     names: tuple[str, ...]
     units: tuple[str, ...]
     frame: str
     rotation: str
-    relative: bool
+    relative: bool | None
     gripper_open: float
     gripper_closed: float
     control_hz: float
@@ -45,7 +46,8 @@ class ActionConvention:
         return len(self.names)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "names": list(self.names), "units": list(self.units)}
+        out = {**asdict(self), "names": list(self.names), "units": list(self.units)}
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in out.items()}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> ActionConvention:
@@ -53,7 +55,14 @@ class ActionConvention:
         if set(value) != known:
             wrong = ", ".join(sorted(set(value) ^ known))
             raise InputError(f"an action convention with wrong or missing fields: {wrong}")
-        return cls(**value)
+        gripper = {key: math.nan for key in ("gripper_open", "gripper_closed") if value[key] is None}
+        return cls(**value | gripper)
+
+    @classmethod
+    def unknown(cls, names: tuple[str, ...], control_hz: float) -> ActionConvention:
+        """What is known of data that declare nothing but names and rate: LeRobot's."""
+        some = "unknown"
+        return cls(names, (some,) * len(names), some, some, None, math.nan, math.nan, control_hz, some)
 
     def differences(self, other: ActionConvention) -> list[str]:
         """Readable list of the fields in which two conventions differ; empty when they agree."""

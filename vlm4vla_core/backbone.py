@@ -71,10 +71,17 @@ class Backbone(nn.Module):
             _token_id(tokenizer, token) for token in (spec.image_token, spec.query_token, spec.answer_end)
         )
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
-        self.reserved = {*tokenizer.all_special_ids, self.image_id, self.query_id, self.end_id}
+        listed = {tokenizer.get_vocab().get(token) for token in spec.special_tokens}  # some are not flagged special
+        self.reserved = {*tokenizer.all_special_ids, *listed} - {None}
         words = base.get_submodule(spec.embeddings)
         if self.query_id >= words.num_embeddings:
             raise InputError(f"the query token's id {self.query_id} lies outside the {words.num_embeddings} word rows")
+        own_pad = getattr(base.config.get_text_config(), "pad_token_id", None)
+        if self.query_id == self.pad_id or (spec.positions == "ids" and self.pad_id != own_pad):
+            raise InputError(
+                f"the tokenizer pads with id {self.pad_id}, the model with {own_pad}",
+                fix="use the tokenizer that belongs to the model",
+            )
         # As long as a typical word, so that the first layer's norm sees nothing unusual; drawn apart from all else.
         scale = words.weight.detach().float().pow(2).mean().sqrt().cpu() * self.embed_scale
         noise = torch.randn(
@@ -264,6 +271,13 @@ class Backbone(nn.Module):
         states = self.hidden(batch)
         return states[where[0].to(states.device), where[1].to(states.device)].view(len(hit), len(self.query), -1)
 
+    def checkpoint_activations(self) -> None:
+        """Keep only each layer's input in training mode and compute the rest again: the same gradients, less memory."""
+        enable = getattr(self.base, "activation_checkpointing_enable", None)  # its name before: gradient_checkpointing
+        (enable or self.base.gradient_checkpointing_enable)({"use_reentrant": False})
+        if not any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            raise ValueError(f"{self.spec.name} has no gradient checkpointing")
+
     def answer_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (n, V) that predict the n answer tokens of a batch from `collate_answers`, and those tokens (n,).
 
@@ -418,20 +432,24 @@ def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, see
     """The backbone of a `describe` value; its weights are drawn from `seed`, or left to be filled in when None."""
     from transformers import AutoConfig, AutoModel
 
+    from vlm4vla_core.hub import draw
+
     spec = family(description["family"])
     config = AutoConfig.for_model(**description["model"])
-    dtype = getattr(torch, description["dtype"])
-    with torch.random.fork_rng(devices=[]), nullcontext() if seed is not None else _without_init():
-        torch.manual_seed(seed or 0)
-        base = AutoModel.from_config(config, attn_implementation=description["attention"], dtype=dtype)
-    if seed is not None and description["lineage"].get("source", "").startswith("tiny "):
-        from vlm4vla_core.tiny import initialise
-
-        initialise(base, spec, torch.Generator().manual_seed(seed))
-    options = BackboneOptions.from_dict(description.get("options", {"n_queries": description["n_queries"]}))
+    made = {"attn_implementation": description["attention"], "dtype": getattr(torch, description["dtype"])}
     head = None
-    if description["untied_head"]:
-        head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
+    if seed is not None:
+        base, head = draw(config, spec, seed, untied=description["untied_head"], **made)
+        if description["lineage"].get("source", "").startswith("tiny "):
+            from vlm4vla_core.tiny import initialise
+
+            initialise(base, spec, torch.Generator().manual_seed(seed))
+    else:
+        with torch.random.fork_rng(devices=[]), _without_init():
+            base = AutoModel.from_config(config, **made)
+        if description["untied_head"]:
+            head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
+    options = BackboneOptions.from_dict(description.get("options", {"n_queries": description["n_queries"]}))
     return Backbone(
         base,
         tokenizer,

@@ -17,10 +17,10 @@ from vlm4vla_core.errors import InputError, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "record": ("vlm4vla_core.verbs.record", "record scripted demonstrations in a built-in world into an episode store"),
-    "convert": ("vlm4vla_core.verbs.convert", "convert real robot data (RLDS tfrecords) into an episode store"),
+    "convert": ("vlm4vla_core.verbs.convert", "convert RLDS, CALVIN, LIBERO or LeRobot data into an episode store"),
     "inspect": (
         "vlm4vla_core.verbs.inspect",
-        "look into an episode store: counts, statistics, warnings, contact sheet",
+        "look into robot data or an episode store: counts, histograms, warnings, contact sheet",
     ),
     "train": ("vlm4vla_core.verbs.train", "turn a VLM into a VLA (or train it on questions) from an episode store"),
     "evaluate": ("vlm4vla_core.verbs.evaluate", "roll a policy out in a benchmark, one row per episode"),

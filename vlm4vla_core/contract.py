@@ -50,8 +50,8 @@ def check_backbone(backbone: Backbone) -> None:
         backbone.train(was_training)
 
 
-def _images(backbone: Backbone, count: int = 2) -> np.ndarray:
-    shape = (count, backbone.image_size, backbone.image_size, 3)
+def _images(backbone: Backbone, count: int = 2, size: int | None = None) -> np.ndarray:
+    shape = (count, size or backbone.image_size, size or backbone.image_size, 3)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -152,9 +152,9 @@ def _missing_inputs(backbone: Backbone) -> None:
 @torch.no_grad()
 def _raster(backbone: Backbone) -> None:
     """Projector features equal the library's (which undoes the window order); patches lie where the pixels were."""
-    images = _images(backbone, 2)
+    images = torch.from_numpy(_images(backbone, 2, backbone.geometry.size)).to(backbone.device)
     features = backbone.vision_features(images)
-    theirs = backbone.base.get_image_features(**backbone.pixels(torch.from_numpy(images).to(backbone.device)))
+    theirs = backbone.base.get_image_features(**backbone.pixels(images))
     pooled = theirs.pooler_output
     pooled = pooled if isinstance(pooled, Tensor) else torch.stack(list(pooled))
     pooled = pooled.reshape(len(images), -1, pooled.shape[-1])  # (B, tokens, D)
@@ -167,7 +167,7 @@ def _raster(backbone: Backbone) -> None:
     )
     grid, size = backbone.geometry.grid, backbone.geometry.patch
     for row, column in ((0, grid - 1), (grid // 2, 1)):
-        changed = images[:1].copy()
+        changed = images[:1].clone()
         changed[:, row * size : (row + 1) * size, column * size : (column + 1) * size] ^= 255
         # The residual stream carries a patch's own content, so the changed patch changes most in the first block.
         seen = backbone.vision_features(changed)
@@ -217,12 +217,7 @@ def _checkpointing(backbone: Backbone) -> None:
     plain = _backward(backbone)
     copied = copy.deepcopy(backbone)
     _switch_off_dropout(copied.base)
-    if enable := getattr(copied.base, "activation_checkpointing_enable", None):
-        enable({"use_reentrant": False})
-    else:  # before transformers 5.20
-        copied.base.gradient_checkpointing_enable({"use_reentrant": False})
-    if not copied.base.is_gradient_checkpointing:
-        raise ContractError("gradient checkpointing cannot be switched on")
+    copied.checkpoint_activations()
     saved = _backward(copied.train())
     if plain.keys() != saved.keys():
         raise ContractError("gradient checkpointing changes which parameters receive a gradient")

@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically (temporary sibling, flush, rename); NaN is refused, since JSON has none."""
     text = json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{here()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as handle:
             handle.write(text)
@@ -273,7 +273,7 @@ def new_folder(final: Path, kind: str) -> Iterator[Path]:
     final = Path(final).resolve()  # of a link the target is replaced, not the link
     check_replaceable(final, kind)
     final.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(final)
+    recover(final)
     temporary = final.with_name(f".{final.name}.{here()}.tmp")
     temporary.mkdir()
     try:
@@ -302,7 +302,7 @@ def here() -> str:
     return f"{platform.node()}-{os.getpid()}"
 
 
-def _sweep(final: Path) -> None:
+def recover(final: Path) -> None:
     """Remove what killed processes of this machine left beside `final`; a product they had set aside comes back."""
     for left in final.parent.glob(f".{glob.escape(final.name)}.{glob.escape(platform.node())}-*"):
         words = left.name.rpartition("-")[2].split(".")

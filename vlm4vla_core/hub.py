@@ -39,10 +39,8 @@ def read_base(
     config = _config(path)
     spec = spec_of(config, path)
     options: dict[str, Any] = {"attn_implementation": attn or spec.attention, "dtype": dtype or torch.float32}
-    untied = language_head and not config.tie_word_embeddings
-    head = None
     if init == "scratch":
-        base, head = draw(config, spec, seed, untied=untied, **options)
+        base, head = draw(config, spec, seed, untied=language_head and not config.tie_word_embeddings, **options)
     else:
         with torch.random.fork_rng(devices=[]):  # a load must not move the caller's random state
             base, report = _from_pretrained(
@@ -52,8 +50,15 @@ def read_base(
         check_finite(base, path)
         folder = _folder(path)
         verify(base, spec, folder)
-        if untied:
-            head = read_tensor(folder, spec, "lm_head.weight").to(options["dtype"])
+        own = read_tensor(folder, spec, "lm_head.weight")
+        words = base.get_submodule(spec.embeddings).weight.detach().cpu()
+        # Configs leave it unsaid, or say it of the text part only; a layer in the file that differs is not tied.
+        said = config.tie_word_embeddings, getattr(config.get_text_config(), "tie_word_embeddings", False)
+        tied = any(said) if own is None else said[0] and torch.equal(own.to(words.dtype), words)
+        base.config.tie_word_embeddings = tied
+        if language_head and not tied and own is None:
+            raise InputError("the checkpoint has no output layer", where=path, fix="leave language_head out")
+        head = own.to(words.dtype) if language_head and not tied and own is not None else None
     return base, _from_pretrained(AutoTokenizer, path), spec, head
 
 
@@ -109,7 +114,8 @@ def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
     """`auto.from_pretrained`, its many kinds of failure told in one line."""
     import safetensors
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a dozen lines, end in one of ours
+    for name in ("huggingface_hub", "transformers.modeling_utils"):  # retries, and a table of keys that we check
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return auto.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
@@ -213,9 +219,6 @@ def verify(base: Any, spec: FamilySpec, folder: Path) -> None:
         raise InputError(f"{len(absent)} weights missing: {', '.join(sorted(absent)[:4])}", where=folder)
 
 
-def read_tensor(folder: Path, spec: FamilySpec, own: str) -> Tensor:
-    """One tensor of a checkpoint folder, by its headless name. Raises InputError when no file has that tensor."""
-    for name, read in _tensors(folder):
-        if spec.canonical(name) == own:
-            return read()
-    raise InputError(f"the checkpoint has no weight '{own}'", where=folder, fix="use a whole checkpoint")
+def read_tensor(folder: Path, spec: FamilySpec, own: str) -> Tensor | None:
+    """One tensor of a checkpoint folder, by its headless name; None when no file has it."""
+    return next((read() for name, read in _tensors(folder) if spec.canonical(name) == own), None)

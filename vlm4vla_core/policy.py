@@ -143,13 +143,21 @@ class VLAPolicy(nn.Module):
         middle = (convention.gripper_open + convention.gripper_closed) / 2
         return ((gripper > middle) == (convention.gripper_open > middle)).astype(np.float32)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, **options: Any) -> None:
         """Compile each vision block and decoder layer for itself, in place: one graph serves all of a kind.
 
-        Names and values of weights stay. Give batches one length (`pad_to`), or every new one compiles anew."""
+        Names and values of weights stay. Give batches one length (`pad_to`), or every new one compiles anew.
+        options: of `torch.compile`. Needs a C compiler on the CPU, Triton on a GPU."""
+        from vlm4vla_core.windows import one_call_per_layer
+
         base, spec = self.backbone.base, self.backbone.spec
-        for layer in (*base.get_submodule(spec.blocks), *base.get_submodule(spec.layers)):
-            layer.compile(fullgraph=True)
+        whole = one_call_per_layer(self.backbone)  # elsewhere the library hooks into vision blocks, which parts graphs
+        # Layers of all kinds share one count of graphs in torch, and its limit of 8 would stop a validation.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in base.get_submodule(spec.blocks):
+            block.compile(fullgraph=whole, **options)
+        for layer in base.get_submodule(spec.layers):
+            layer.compile(fullgraph=True, **options)
 
     def _inputs(self, images: np.ndarray, instructions: Sequence[str]) -> dict[str, Tensor]:
         """The backbone's batch, padded to the fixed length if there is one."""
@@ -203,6 +211,8 @@ class VLAPolicy(nn.Module):
             return self.head(state)
         shape = (self.config.chunk, self.config.convention.size - 1)
         seeds = [seed] if isinstance(seed, int) else list(seed)
+        if len(seeds) not in (1, len(state)):
+            raise InputError(f"{len(seeds)} seeds for {len(state)} pictures", fix="give one, or one for each picture")
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
         return self.head(state, torch.stack(drawn).expand(len(state), *shape))
 

@@ -108,12 +108,11 @@ def measure(
     import torch
     from transformers import AutoModel
 
-    from vlm4vla_core.families import family_of
     from vlm4vla_core.heads import make_head
+    from vlm4vla_core.hub import spec_of
     from vlm4vla_core.lora import lora_size
 
-    text = config.get_text_config()
-    spec = family_of(config.model_type, text_type=text.model_type, where=name)
+    spec = spec_of(config, name)
     with torch.device("meta"):
         base = AutoModel.from_config(copy.deepcopy(config))
         words = base.get_submodule(spec.embeddings).weight  # (V, D)

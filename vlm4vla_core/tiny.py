@@ -65,6 +65,7 @@ def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         eos_token=spec.answer_end,
         pad_token="<pad>" if "<pad>" in specials else specials[0],
+        bos_token=next((token for token in ("<bos>", "<s>") if token in specials), None),
         unk_token="<unk>" if "<unk>" in specials else None,
         additional_special_tokens=list(specials),
         clean_up_tokenization_spaces=False,

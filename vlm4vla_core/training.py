@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from vlm4vla_core.backbone import Backbone
+    from vlm4vla_core.options import BackboneOptions
 
 __all__ = ["TrainConfig", "train", "up_to_date"]
 
@@ -203,12 +204,17 @@ def _start(config: TrainConfig) -> Backbone:
     from vlm4vla_core.lora import add_lora
 
     if config.backbone == "tiny":
-        backbone = tiny(config.family, seed=config.seed, image_size=config.image_size or 112)
+        backbone = tiny(config.family, seed=config.seed, image_size=config.image_size or 112, options=config.options())
     else:
+        options: BackboneOptions | None = config.options()
+        if checkpoint.looks_like_one(Path(config.backbone)) and config.default_options():
+            options = None  # it keeps its own
         backbone = load_backbone(
             config.backbone,
             init=config.init,
+            scratch=config.scratch,
             seed=config.seed,
+            options=options,
             image_size=config.image_size,
             language_head=config.objective == "language",
         )

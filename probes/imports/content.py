@@ -7,6 +7,7 @@ the reader.
 
 from __future__ import annotations
 
+import csv
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -42,7 +43,8 @@ def open_content(path: Path) -> Content:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError("neither text nor any binary format that is read", where=path) from None
+        fix = "save a table as CSV in UTF-8"
+        raise InputError("neither UTF-8 text nor any binary format that is read", where=path, fix=fix) from None
     if not text.strip():
         raise InputError("the file is empty", where=path)
     return _json(path, text) if text.lstrip()[0] in "{[" else Content(path, "table", _text_table(path, text))
@@ -68,14 +70,20 @@ def _json(path: Path, text: str) -> Content:
 
 
 def _text_table(path: Path, text: str) -> Any:
+    """Every cell as its text. pandas' own reader would take a row with a cell too many for one with a label."""
     import pandas as pd
 
-    separator = "\t" if "\t" in text.lstrip().splitlines()[0] else ","
+    header = text.lstrip().splitlines()[0]
+    separator = next((one for one in "\t;" if one in header and "," not in header), "\t" if "\t" in header else ",")
     try:
-        frame = pd.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise InputError(f"cannot be read as a table ({str(error).strip().splitlines()[0]})", where=path) from None
-    return _named(frame, path)
+        rows = [row for row in csv.reader(StringIO(text, newline=""), delimiter=separator, strict=True) if any(row)]
+    except csv.Error as error:
+        raise InputError(f"cannot be read as a table ({error})", where=path) from None
+    for place, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            what = f"row {place} has {len(row)} cells, the header {len(rows[0])}"
+            raise InputError(what, where=path, fix="quote a cell that holds the separator")
+    return _named(pd.DataFrame(rows[1:], columns=rows[0], dtype=object), path)
 
 
 def _binary_table(path: Path, head: bytes) -> Any:
@@ -119,9 +127,10 @@ def sqlite_rows(path: Path) -> Iterator[sqlite3.Connection]:
         if "locked" in str(error) or "busy" in str(error):
             fix = "let the evaluation finish, or copy the file"
             raise InputError("the database is locked by another program", where=path, fix=fix) from None
-        raise InputError(f"not a readable database ({error})", where=path) from None
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"the database is damaged ({error})", where=path, fix="copy the file again") from None
+        raise InputError(f"not a readable database ({str(error).splitlines()[0]})", where=path) from None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        what = f"the database is damaged ({str(error).splitlines()[0]})"
+        raise InputError(what, where=path, fix="copy the file again") from None
     after = path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise InputError("the database changed while it was read", where=path, fix="let the evaluation finish")

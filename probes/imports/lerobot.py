@@ -2,7 +2,8 @@
 
 Followed: 0.4.4 (`scripts/lerobot_eval.py`: `per_task`, `per_group`, `overall`; the same keys up to 0.6.2) and 0.3.3
 (`scripts/eval.py`: `per_episode`, `aggregated`). pc_success is in per cent by its name. A file whose lists were cut
-away still gives performance rows from `per_group` or `aggregated`.
+away still gives performance rows from `per_group` or `aggregated`. Checked against a file that 0.4.4's own
+`eval_policy_all` made of stand-in rollouts; 0.3.3 only against its code.
 
 The file names neither the policy nor LeRobot's version; since 0.4 it also holds no seeds. Trap: what counts as a
 success is the environment's affair (`is_success` of its last info), so `success_rule` stays "unknown".

@@ -2,7 +2,8 @@
 
 Followed: 0.7.3 (`loggers/evaluation_tracker.py`, `evaluator.py`), whose keys `results`, `configs`, `versions`,
 `n-shot`, `n-samples` and `METRIC,FILTER` are those of 0.3.0 too; 0.3.0 writes no version of itself. A row is called
-TASK/METRIC. Its prompt column holds what the task's configuration says about prompts, shots and chat template.
+TASK/METRIC. Its prompt column holds what the task's configuration says about prompts, shots and chat template. Checked
+against results and samples that 0.7.3's own tracker wrote.
 
 lmms-eval does not state a metric's unit: `mmmu_acc` is a fraction, MME's scores run to thousands, so the unit stays
 "unknown". Trap: `_stderr_clt` and `_stderr_clustered` are errors of the samples' mean, which some tasks then scale;
@@ -70,7 +71,9 @@ def _results(content: Content, labels: Labels) -> Imported:
             metric, comma, rule = key.partition(",")
             if not comma or "_stderr" in metric or value == " ":
                 continue
-            if metric.endswith(_STABILITY):
+            if metric.endswith(_STABILITY) or not is_number(
+                value
+            ):  # a task that only writes a submission has no number
                 left_out.append(f"{task}/{metric}")
                 continue
             where = f"{content.path}, {task}/{metric}"
@@ -86,7 +89,7 @@ def _results(content: Content, labels: Labels) -> Imported:
                 "unit": f"{labels.unit or UNKNOWN}, lower is better" if lower else labels.unit or UNKNOWN,
                 "prompt": _prompt(body, task), RECORD: where,
             })  # fmt: skip
-    return imported(content, NAME, "capability", rows, left_out=left_out)
+    return imported(content, NAME, "capability", rows, left_out=left_out, says=model_name(body))
 
 
 def _name(task: str, metric: str, rule: str) -> str:
@@ -186,7 +189,8 @@ def _samples(content: Content, labels: Labels) -> Imported:
         fix = "add --benchmark NAME, or keep the file's name DATE_samples_TASK.jsonl"
         raise InputError("samples do not say which task they are of", where=content.path, fix=fix)
     rows = []
-    for metric, values in _scored(lines, content.path):
+    scored = dict(_scored(lines, content.path))
+    for metric, values in scored.items():
         n, mean = len(values), math.fsum(values) / len(values)
         spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
         rows.append({
@@ -197,17 +201,22 @@ def _samples(content: Content, labels: Labels) -> Imported:
             "prompt": _prompt(body, task) if body else UNKNOWN, RECORD: f"{content.path}, {metric}",
         })  # fmt: skip
     if not rows:
-        keys = {key for line in lines for key in line} - _SAMPLE_KEYS
-        what = f"no metric of these samples is a plain number ({listing(sorted(keys))})"
+        what = f"no metric of these samples is a plain number ({listing(_metrics(lines))})"
         raise InputError(what, where=content.path, fix="give the results file instead")
-    return imported(content, NAME, "capability", rows)
+    left_out = [f"{metric}, no number in every sample" for metric in _metrics(lines) if metric not in scored]
+    return imported(content, NAME, "capability", rows, left_out=left_out, says=model_name(body))
 
 
-_ABOUT = {"doc_id", "doc_hash", "target", "input", "resps", "filtered_resps", "arguments", "doc", "token_counts"}
+_ABOUT = {"doc_id", "doc_hash", "target", "input", "resps", "filtered_resps", "arguments", "doc", "token_counts",
+          "input_media"}  # fmt: skip
+
+
+def _metrics(lines: list[dict[str, Any]]) -> list[str]:
+    return [key for key in dict.fromkeys(key for line in lines for key in line) if key not in _ABOUT]
 
 
 def _scored(lines: list[dict[str, Any]], path: Path) -> Iterator[tuple[str, list[float]]]:
-    for metric in dict.fromkeys(key for line in lines for key in line if key not in _ABOUT):
+    for metric in _metrics(lines):
         values = [line.get(metric) for line in lines]
         values = [value.get("score") if isinstance(value, dict) else value for value in values]
         if all(isinstance(value, bool) or is_number(value) for value in values):

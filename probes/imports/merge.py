@@ -7,7 +7,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 KEYS: dict[str, tuple[str, ...]] = {
     "episodes": ("model", "benchmark", "run_id", "task", "episode"),
-    "performance": ("model", "benchmark", "task", "metric"),
+    "performance": ("model", "benchmark", "task"),  # and the metric, where both state one
     "capability": ("model", "benchmark"),
 }
 # What must agree when the key does; the rest may differ, and what one file leaves open another fills.
@@ -52,7 +52,9 @@ class Table:
         """Column -> how many rows leave it open, for the columns that provenance consists of."""
         columns = [*STATED, "stderr", "n", "lineage", "successes", "episodes", "env_seed", "execute", "success_rule"]
         counts = {
-            name: sum(blank(value) or str(value).startswith(UNKNOWN) for value in self.frame[name])
+            name: sum(
+                blank(one) or one == UNKNOWN or (name == "version" and UNKNOWN in one) for one in self.frame[name]
+            )
             for name in columns
             if name in self.frame
         }
@@ -91,6 +93,8 @@ def merge(parts: Sequence[Imported], wanted: Rows | None = None) -> Table:
         notes += converted
         frame, more = _once(frame, rows)
         duplicates += more
+    if rows == "performance":
+        notes += _counts(frame)
     return Table(rows, _typed(frame[list(COLUMNS[rows])]), duplicates, tuple(notes))
 
 
@@ -110,13 +114,15 @@ def _once(frame: pd.DataFrame, rows: Rows) -> tuple[pd.DataFrame, int]:
     """Rows with equal keys become one. Raises InputError naming both records when they disagree."""
     import pandas as pd
 
-    merged: dict[tuple[str, ...], dict[str, Any]] = {}
+    kept: list[dict[str, Any]] = []
+    by_key: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in frame.to_dict("records"):
         key = tuple("" if blank(row[name]) else str(row[name]) for name in KEYS[rows])
-        if rows == "episodes" and not key[-1]:  # an episode without a number has no double
-            key = (*key, str(len(merged)))
-        first = merged.setdefault(key, row)
-        if first is row:
+        alike = by_key.setdefault(key, [])
+        first = next((one for one in alike if rows != "performance" or _fits(one["metric"], row["metric"])), None)
+        if first is None or (rows == "episodes" and not key[-1]):  # an episode without a number has no double
+            alike.append(row)
+            kept.append(row)
             continue
         for name in _AGREE[rows]:
             if not blank(first[name]) and not blank(row[name]) and not _same(first[name], row[name]):
@@ -134,7 +140,11 @@ def _once(frame: pd.DataFrame, rows: Rows) -> tuple[pd.DataFrame, int]:
             and str(row["source"]) not in str(first["source"]).split(" + ")
         ):
             first["source"] = f"{first['source']} + {row['source']}"
-    return pd.DataFrame(list(merged.values()), columns=frame.columns, dtype=object), len(frame) - len(merged)
+    return pd.DataFrame(kept, columns=frame.columns, dtype=object), len(frame) - len(kept)
+
+
+def _fits(a: Any, b: Any) -> bool:
+    return blank(a) or blank(b) or a == b
 
 
 def _open(value: Any) -> bool:
@@ -159,33 +169,33 @@ def one_unit(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str]]
     becomes per cent (metric `success_pct`). Where a unit is not stated and a benchmark has values both in (0, 1] and
     above 1, nobody can tell, and an InputError names one of each.
     """
+    import pandas as pd
+
     frame, notes = frame.reset_index(drop=True), []
-    for name in ("metric", "task"):
-        if name not in frame:
-            frame[name] = ""
-    groups = frame["benchmark"].astype(str) + "\0" + frame["task"].fillna("").astype(str)
-    rates = frame["metric"].isin(["success_rate", "success_pct"])
-    for _, index in frame.groupby(groups.where(~rates, groups + "\0success").to_numpy(), sort=False).groups.items():
-        part = frame.loc[index]
-        units = set(part["unit"])
-        if units - {PERCENT, FRACTION}:
+    metric = frame["metric"] if "metric" in frame else frame["unit"].map(lambda _: None)
+    task = frame.get("task", metric)
+    rate = metric.isin(["success_rate", "success_pct"])
+    same = metric.map(lambda name: "" if blank(name) else str(name)).mask(rate, "")  # unnamed values stand beside rates
+    groups = [
+        tuple("" if blank(cell) else str(cell) for cell in key)
+        for key in zip(frame["benchmark"], task, same, strict=True)
+    ]
+    for _, index in frame.groupby(pd.Series(groups, dtype=object), sort=False).groups.items():
+        part, units = frame.loc[index], set(frame.loc[index, "unit"])
+        if any(str(unit).startswith(UNKNOWN) for unit in units) and "avg_len" not in set(same[index]):
             _refuse_mixed(part, column)
-        success = bool(rates.loc[index].all())
-        if success and part["unit"].isin([UNKNOWN]).all():
-            _state(frame, index, FRACTION if (part[column].astype(float) <= 1).all() else PERCENT)
-            part = frame.loc[index]
-        if success or {PERCENT, FRACTION} <= units:
-            fractions = part.index[part["unit"] == FRACTION]
-            for name in (column, "stderr"):
-                if name in frame and len(fractions):
-                    frame.loc[fractions, name] = [
-                        None if blank(one) else 100 * one for one in frame.loc[fractions, name]
-                    ]
-            _state(frame, fractions, PERCENT)
-            if len(fractions):
-                notes.append(f"{part['benchmark'].iloc[0]}: {len(fractions)} fractions written in per cent")
-        if success:
-            frame.loc[index, "metric"] = "success_pct"
+        rates = index[rate[index].to_numpy(bool)]
+        unstated = rates[(frame.loc[rates, "unit"] == UNKNOWN).to_numpy(bool)]
+        small = bool((part[column].astype(float) <= 1).all()) and PERCENT not in units
+        frame.loc[unstated, "unit"] = FRACTION if small else PERCENT
+        fractions = index[(frame.loc[index, "unit"] == FRACTION).to_numpy(bool)]
+        if len(fractions) and (len(rates) or PERCENT in units):
+            for name in {column, "stderr"} & set(frame.columns):
+                frame.loc[fractions, name] = [None if blank(one) else 100 * one for one in frame.loc[fractions, name]]
+            frame.loc[fractions, "unit"] = PERCENT
+            notes.append(f"{part['benchmark'].iloc[0]}: {len(fractions)} fractions written in per cent")
+        if len(rates):
+            frame.loc[rates, "metric"] = "success_pct"
     for row in frame[frame["unit"].isin([PERCENT, FRACTION])].to_dict("records"):
         top = 100 if row["unit"] == PERCENT else 1
         if row[column] > top * (1 + _CLOSE):
@@ -195,20 +205,35 @@ def one_unit(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str]]
     return frame, notes
 
 
-def _state(frame: pd.DataFrame, index: Iterable[Any], unit: str) -> None:
-    frame.loc[list(index), "unit"] = unit
-
-
 def _refuse_mixed(part: pd.DataFrame, column: str) -> None:
     values = part[column].astype(float)
     small, large = part[(values > 0) & (values <= 1)], part[values > 1]
+    if len(small):  # one model with two values is a conflict, and told as that
+        large = large[large["model"] != small["model"].iloc[0]]
     if small.empty or large.empty:
         return
     low, high = small.iloc[0], large.iloc[0]
     both = f"{low['model']} has {low[column]:g} and {high['model']} {high[column]:g}"
     what = f"{both} on {low['benchmark']}: one may be a fraction"
-    fix = "say it in a column unit (fraction, per cent), or import the file on its own with --unit"
+    fix = "say it in a column unit (fraction, per cent, points), or import each file with its --unit"
     raise InputError(what, where=f"{low[RECORD]} | {high[RECORD]}", fix=fix)
+
+
+def _counts(frame: pd.DataFrame) -> list[str]:
+    """Fill in the successes that a rate and its episodes leave no choice about. Raises InputError where rate and counts
+    differ by more than a point (less is rounding, or a mean over tasks)."""
+    filled = 0
+    for index, row in frame[(frame["metric"] == "success_pct") & (frame["unit"] == PERCENT)].iterrows():
+        if blank(row["episodes"]) or not float(row["episodes"]) > 0:
+            continue
+        exact = float(row["value"]) * float(row["episodes"]) / 100
+        if blank(row["successes"]):
+            if abs(exact - round(exact)) < 1e-6:
+                frame.loc[index, "successes"], filled = round(exact), filled + 1
+        elif abs(float(row["value"]) - 100 * float(row["successes"]) / float(row["episodes"])) > 1:
+            what = f"{row['value']:g} % is not {row['successes']} of {row['episodes']} episodes"
+            raise InputError(what, where=row[RECORD], fix="correct the value or the counts")
+    return [f"{filled} counts of successes follow from rate and episodes"] if filled else []
 
 
 # --- episodes -> performance ------------------------------------------------------------------------------

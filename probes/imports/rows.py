@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -64,7 +64,8 @@ class Content:
 
 @dataclass(frozen=True)
 class Imported:
-    """One file's rows. left_out: what it holds beyond them; notes: what a reader of the table must know."""
+    """One file's rows. left_out: what it holds beyond them; notes: what a reader of the table must know; says: the
+    model that the file itself names, if it names one."""
 
     path: Path
     evaluator: str
@@ -72,6 +73,7 @@ class Imported:
     frame: pd.DataFrame
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    says: str = ""
 
 
 def imported(
@@ -80,22 +82,24 @@ def imported(
     rows: Rows,
     records: Iterable[Mapping[str, Any]],
     *,
-    left_out: Iterable[str] = (),
+    left_out: Sequence[str] = (),
     notes: Iterable[str] = (),
+    says: str = "",
 ) -> Imported:
     """Rows from dicts: what misses is empty, in provenance "unknown". Raises InputError when none are there."""
     import pandas as pd
 
     table = list(records)
     if not table:
-        raise InputError("the file holds no results", where=content.path)
+        what = f"the file holds no results{f' ({listing(left_out)})' if left_out else ''}"
+        raise InputError(what, where=content.path)
     columns = COLUMNS[rows]
     frame = pd.DataFrame([{**dict.fromkeys(columns), **row} for row in table], dtype=object)
     for column in STATED:
         if column in columns:
             frame[column] = [UNKNOWN if blank(value) else value for value in frame[column]]
     frame = frame[[*columns, RECORD]]
-    return Imported(content.path, evaluator, rows, frame, tuple(left_out), tuple(notes))
+    return Imported(content.path, evaluator, rows, frame, tuple(left_out), tuple(notes), says)
 
 
 def blank(value: Any) -> bool:

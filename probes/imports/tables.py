@@ -51,6 +51,8 @@ _NUMBERS = {
     "capability": ("stderr", "n"),
 }
 _MEASURE = {"episodes": "success", "performance": "value", "capability": "score"}
+# Columns that only the other kind of rows has: without them `value` and `score` mean what --as says.
+_TELLING = {"performance": {"stderr", "n", "prompt"}, "capability": {"successes", "episodes", "task", "metric"}}
 _UNITS = {"%": PERCENT, "percent": PERCENT, "per cent": PERCENT, "pct": PERCENT, "fraction": FRACTION, "0-1": FRACTION}
 
 
@@ -61,7 +63,10 @@ def plain(name: str) -> str:
 def recognises(content: Content) -> bool:
     if content.form == "jsonl" or (content.form == "json" and isinstance(content.value, list)):
         content = _as_table(content)
-    return content.form == "table" and "model" in _columns(content)[0].values()
+    if content.form != "table":
+        return False
+    names = set(_columns(content)[0].values())
+    return "model" in names or ("benchmark" in names and bool({*_MEASURE.values(), "result"} & names))
 
 
 def read(content: Content, labels: Labels, wanted: Rows | None = None) -> Imported:
@@ -71,22 +76,15 @@ def read(content: Content, labels: Labels, wanted: Rows | None = None) -> Import
     if content.form != "table":
         raise InputError("not a table", where=content.path)
     mapping, unknown = _columns(content)
+    if "model" not in mapping.values():
+        labels.need_model(content.path)
     rows = _kind(content, set(mapping.values()), wanted)
-    frame = content.value.rename(columns=mapping)
     measure = _MEASURE[rows]
-    for name in ("result", "value", "score"):  # a synonym that the kind has now decided
-        if measure not in frame and name in frame:
-            frame = frame.rename(columns={name: measure})
-    allowed = COLUMNS[rows]
-    header = next(
-        plain(old) for old in content.value.columns if mapping.get(old) in (measure, "result", "value", "score")
-    )
-    records = list(_records(frame, rows, measure, header, content, labels))
-    left_out = [
-        *unknown,
-        *(old for old, new in mapping.items() if new not in allowed and new not in ("result", "value", "score")),
-    ]
-    return imported(content, NAME, rows, records, left_out=[f"column {name}" for name in left_out])
+    used = next(old for name in (measure, "value", "score", "result") for old, new in mapping.items() if new == name)
+    unknown += [old for old, new in mapping.items() if new not in COLUMNS[rows] and old != used]
+    frame = content.value.rename(columns={**mapping, used: measure})
+    records = list(_records(frame, rows, measure, plain(used), content, labels))
+    return imported(content, NAME, rows, records, left_out=[f"column {name}" for name in unknown])
 
 
 def _as_table(content: Content) -> Content:
@@ -122,20 +120,22 @@ def _columns(content: Content) -> tuple[dict[str, str], list[str]]:
 
 
 def _kind(content: Content, names: set[str], wanted: Rows | None) -> Rows:
-    if "model" not in names:
-        fix = f"name the column model; the table has: {listing(content.value.columns, 12)}"
-        raise InputError("no column says which model a row is about", where=content.path, fix=fix)
     found: list[Rows] = [kind for kind in get_args(Rows) if _MEASURE[kind] in names]
-    if "success" in names and "task" in names and "episode" in names:
+    if "episodes" in found and {"task", "episode"} <= names:
         return "episodes"
-    if len(found) == 1:
+    if found == ["episodes"]:
+        return "episodes"
+    open_to: list[Rows] = [kind for kind in get_args(Rows)[1:] if not _TELLING[kind] & names] if found else []
+    if "result" in names:
+        open_to = ["performance", "capability"]
+    if wanted in open_to or (wanted in found and len(found) > 1):
+        return wanted
+    if len(found) == 1 and "result" not in names:
         return found[0]
     if found or "result" in names:
-        open_to: list[Rows] = found or ["performance", "capability"]
-        if wanted in open_to:
-            return wanted
-        what = f"this table could hold {' or '.join(open_to)}"
-        raise InputError(what, where=content.path, fix=f"add --as {' or --as '.join(open_to)}")
+        named = " or ".join(found if len(found) > 1 else open_to)
+        fix = f"add --as {' or --as '.join(named.split(' or '))}"
+        raise InputError(f"this table could hold {named}", where=content.path, fix=fix)
     fix = (
         "one row per model and benchmark, with a column score (capability), value (performance) or success (episodes);"
         f" the table has: {listing(content.value.columns, 12)}"
@@ -151,16 +151,16 @@ def _records(
         values = {name: None if blank(value) else _stripped(value) for name, value in zip(columns, row, strict=True)}
         where = f"{content.path}, row {place}"
         for name in ("model", "benchmark"):
-            values[name] = values.get(name) or (labels.benchmark if name == "benchmark" else None)
+            values[name] = values.get(name) or (labels.benchmark if name == "benchmark" else labels.model) or None
             if values[name] is None and not (name == "benchmark" and rows == "capability"):
                 raise InputError(f"no {name}", where=where, fix=f"fill the column {name} or leave the row out")
-        where += f", {values['model']} on {values['benchmark']}"
+        where += " ".join(f", {values['model']} on {values['benchmark']}".split())
         values["benchmark"] = values["benchmark"] or "capability"
         if rows == "episodes":
             values["success"] = truth(values.get("success"), where, "success")
             values["episode"] = _plain_number(values.get("episode"))
         else:
-            given = values.get(measure)
+            given = row[columns.index(measure)]
             values[measure] = number(given, where, header)
             values["unit"] = _unit(values.get("unit"), given, header, str(values.get("metric") or ""), labels)
         if rows == "performance":

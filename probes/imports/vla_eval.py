@@ -140,7 +140,9 @@ def _result(content: Content) -> dict[str, Any]:
     for task in body["tasks"]:
         if not isinstance(task, dict) or not isinstance(task.get("episodes"), list):
             raise InputError("a task without its list of episodes", where=content.path)
-        episodes += [{**one, "task": task.get("task")} for one in task["episodes"] if isinstance(one, dict)]
+        if not all(isinstance(one, dict) for one in task["episodes"]):
+            raise InputError("an episode that is no record", where=f"{content.path}, {task.get('task')}")
+        episodes += [{**one, "task": task.get("task")} for one in task["episodes"]]
     entry = _entry(body, str(body.get("eval_id") or UNKNOWN), episodes, bool(body.get("partial")))
     stated, outcomes = body.get("mean_success"), [one["metrics"].get("success") for one in entry["episodes"]]
     if is_number(stated) and outcomes and all(isinstance(one, bool) for one in outcomes):

@@ -1,11 +1,11 @@
 """VLMEvalKit: `status.json` of a run, the score tables `*_acc.csv`, `*_score.json`, and judged answers `*_result.tsv`.
 
 Followed: 0.2rc1, commit e8e78f05 of August 2026 (`smp/status_report.py`, `smp/file.py`,
-`dataset/utils/multiple_choice.py`). Only `status.json` names model, dataset, commit and judge; the other files name
-neither, so both come from the layout `MODEL/[RUN/]MODEL_DATASET_acc.csv` or from --model and --benchmark. Scores are
-called DATASET/METRIC with the kit's own flattening (`split=dev|Overall`; the split "none" is left out), so the same
-score from two files is one score. Rows with "overall" in the name are taken, where there are any; the others are listed
-and taken with --only.
+`dataset/utils/multiple_choice.py`), checked against files that these functions wrote. Only `status.json` names model,
+dataset, commit and judge; the other files name neither, so both come from the layout
+`MODEL/[RUN/]MODEL_DATASET_acc.csv` or from --model and --benchmark. Scores are called DATASET/METRIC with the kit's own
+flattening (`split=dev|Overall`; the split "none" is left out), so the same score from two files is one score. Rows with
+"overall" in the name are taken, where there are any; the others are listed and taken with --only.
 
 Judged answers (column `hit`) give n and a standard error, which no score table states. The kit writes multiple-choice
 scores as fractions and most others in per cent and says so nowhere: the unit stays "unknown". Trap: its .pkl files
@@ -31,7 +31,9 @@ _SUFFIX = re.compile(r"(_(exact_matching|openai|(chat)?gpt[^_]*))?_(acc|score|ra
 def recognises(content: Content) -> bool:
     if content.form == "table":
         names = {name.lower() for name in content.value.columns}
-        return ({"hit", "prediction"} <= names) or (any("overall" in name for name in names) and "score" not in names)
+        first = {str(cell).strip().lower() for cell in content.value.iloc[:, 0]}
+        total = "overall" in first or any("overall" in name for name in names)
+        return ({"hit", "prediction"} <= names) or (total and "score" not in names)
     if content.form != "json":
         return False
     body = content.value
@@ -108,17 +110,20 @@ def _finish(
             "source": content.path.name, "quality": "measured", "unit": labels.unit or UNKNOWN,
             RECORD: f"{content.path}, {dataset}/{name}",
         })  # fmt: skip
-    return imported(content, NAME, "capability", rows, notes=notes or [])
+    says = str(content.value.get("model_name") or "") if isinstance(content.value, dict) else ""
+    return imported(content, NAME, "capability", rows, notes=notes or [], says=says)
 
 
 def primary(benchmarks: list[str]) -> set[str]:
-    """Of one file's DATASET/METRIC names those that stand for a dataset: "overall" in the metric, else all of it."""
+    """Of one file's DATASET/METRIC names those that stand for a dataset: "overall" in the metric (and of these the
+    accuracies, where counts stand beside them), else all of it."""
     by_dataset: dict[str, list[str]] = {}
     for name in benchmarks:
         by_dataset.setdefault(name.split("/", 1)[0], []).append(name)
     chosen: set[str] = set()
     for names in by_dataset.values():
-        chosen |= {name for name in names if "overall" in name.split("/", 1)[1].lower()} or set(names)
+        overall = {name for name in names if "overall" in name.split("/", 1)[1].lower()} or set(names)
+        chosen |= {name for name in overall if name.lower().endswith("|acc")} or overall
     return chosen
 
 

@@ -183,6 +183,19 @@ class BenchmarkResultsParams(NotebookParams):
     level: Level
 
 
+class BenchmarkPowerParams(NotebookParams):
+    """Parameters of `benchmark_power`."""
+
+    notebook: ClassVar[str] = "benchmark_power"
+    models: Annotated[int, Field(ge=4, le=10_000, description="number of models, 4 to 10000")]
+    episodes: Annotated[int, Field(ge=1, description="episodes of each model, over all tasks; chains on CALVIN")]
+    rho: Annotated[float, Field(gt=0, lt=1, description="true correlation to be seen, between 0 and 1")]
+    like: Annotated[
+        Literal["bridge", "libero", "calvin"],
+        Field(description="the paper's benchmark whose spread and noise are taken: bridge, libero or calvin"),
+    ]
+
+
 class CapabilityVsPerformanceParams(NotebookParams):
     """Parameters of `capability_vs_performance`. The folder data/paper stands for the paper's published tables."""
 

@@ -15,7 +15,7 @@ from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
 INDEX = "index.html"
-ORDER = ("benchmark_results", "capability_vs_performance", "feature_probe", "training_divergence")
+ORDER = ("benchmark_results", "capability_vs_performance", "benchmark_power", "feature_probe", "training_divergence")
 
 
 def build_index(out: Path | str) -> Path:

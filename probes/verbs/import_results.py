@@ -51,7 +51,7 @@ class Args:
     """The benchmark's name, where a file does not say it or cuts it into several."""
     run_id: str = ""
     """Name of the run, to keep a repeated evaluation apart from the first."""
-    unit: Literal["", "fraction", "percent"] = ""
+    unit: Literal["", "fraction", "percent", "points"] = ""
     """Unit of scores whose file does not say it."""
     only: tuple[str, ...] = ()
     """Take the benchmarks that match one of these patterns, such as 'mmmu*' (also the sub-scores of VLMEvalKit)."""
@@ -71,7 +71,7 @@ def run(args: Args) -> int:
     for place, source in enumerate(args.sources):
         if source.resolve() in [other.resolve() for other in args.sources[:place]]:
             raise InputError("the same file is named twice", where=source)
-    parts = [_chosen(_read(source, args), args) for source in args.sources]
+    parts = [_chosen(part, args) for part in _read_all(args)]
     parts = [part for part in parts if len(part.frame)]
     if not parts:
         raise InputError("no benchmark matches", where=", ".join(args.only), fix="see the names without --only")
@@ -83,18 +83,28 @@ def run(args: Args) -> int:
     return 0
 
 
-def _read(path: Path, args: Args) -> Imported:
+def _read_all(args: Args) -> list[Imported]:
+    """Every file's rows. What the user states is about other evaluators' files: a table among them, which was imported
+    before, keeps its own labels."""
     from probes.imports import tables
     from probes.imports.content import open_content
     from probes.imports.rows import FRACTION, PERCENT, Labels
 
-    unit = {"": "", "fraction": FRACTION, "percent": PERCENT}[args.unit]
-    labels = Labels(args.model, args.family, args.lineage, args.benchmark, args.run_id, unit)
-    content = open_content(path)
-    reader = _reader(content, args)
-    return (
-        tables.read(content, labels, args.rows) if reader is tables else _stated(reader.read(content, labels), labels)
-    )
+    unit = {"fraction": FRACTION, "percent": PERCENT}.get(args.unit, args.unit)
+    stated = Labels(args.model, args.family, args.lineage, args.benchmark, args.run_id, unit)
+    contents = [open_content(source) for source in args.sources]
+    readers = [_reader(content, args) for content in contents]
+    parts = []
+    for content, reader in zip(contents, readers, strict=True):
+        if reader is tables:
+            own = any(one is not tables for one in readers) or content.path.resolve() == args.table.resolve()
+            parts.append(tables.read(content, Labels() if own else stated, args.rows))
+        else:
+            parts.append(_stated(reader.read(content, stated), stated))
+    if args.model and len(names := dict.fromkeys(part.says for part in parts if part.says)) > 1:
+        what = f"--model {args.model} would give one name to {' and '.join(names)}"
+        raise InputError(what, fix="import them one after the other")
+    return parts
 
 
 def _stated(part: Imported, labels: Labels) -> Imported:
@@ -115,7 +125,8 @@ def _readers():
 def _reader(content: Content, args: Args):
     readers = _readers()
     able = [kind for kind, reader in readers.items() if reader.recognises(content)]
-    if args.kind != "auto":
+    beside = able == ["csv"] and len(args.sources) > 1  # a table that is added to
+    if args.kind != "auto" and not beside:
         loose = args.kind == "vlmevalkit" and content.form in ("table", "json") and not able  # its scores have no marks
         if args.kind not in able and not loose:
             what = f"this is no file of {args.kind}" + (f"; it looks like {' or '.join(able)}" if able else "")
@@ -126,7 +137,7 @@ def _reader(content: Content, args: Args):
     if able:
         what = f"this could be a file of {' or of '.join(able)}"
         raise InputError(what, where=content.path, fix=f"add --kind {able[0]} or another")
-    fix = f"known are {', '.join(readers)}; a table needs a column model"
+    fix = f"known are {', '.join(readers)}; a table needs a column model; some of VLMEvalKit's need --kind vlmevalkit"
     raise InputError("this is no result file of a known kind", where=content.path, fix=fix)
 
 
@@ -225,7 +236,8 @@ def _report(path: Path, table: Table, parts: list[Imported], args: Args) -> None
         path,
         "import",
         config={"kind": args.kind, "rows": table.rows, "only": list(args.only), "model": args.model,
-                "benchmark": args.benchmark, "unit": args.unit, "run_id": args.run_id},
+                "family": args.family, "lineage": args.lineage, "benchmark": args.benchmark, "unit": args.unit,
+                "run_id": args.run_id},
         inputs={str(part.path): folders.file_fingerprint(part.path) for part in parts},
         table=str(args.table),
         written=len(table.frame),

@@ -193,3 +193,29 @@ def test_optimizer_state_comes_back_bit_equal(tmp_path: Path):
     backbone.save(tmp_path / "plain")
     with pytest.raises(InputError, match="no training state"):
         checkpoint.restore_optimizer(tmp_path / "plain", backbone, fresh)
+
+
+def test_optimizer_state_goes_where_the_parameters_are_and_no_further(tmp_path: Path):
+    """Moments follow the parameter, in its dtype; a fused optimizer's step, too; an unfused one's stays on the CPU."""
+    for fused in (False, True):
+        backbone = tiny(image_size=56)
+        backbone.base.to(torch.bfloat16)
+        optimizer = torch.optim.AdamW(backbone.parameters(), 1e-3, fused=fused)
+        for parameter in backbone.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        checkpoint.save(tmp_path / f"b{fused}", backbone, optimizer=optimizer, step=1)
+        fresh = torch.optim.AdamW(backbone.parameters(), 1e-3, fused=fused)
+        checkpoint.restore_optimizer(tmp_path / f"b{fused}", backbone, fresh)
+        for parameter in backbone.parameters():
+            state = fresh.state[parameter]
+            assert state["exp_avg"].dtype == parameter.dtype and state["exp_avg"].device == parameter.device
+            assert float(state["step"]) == 1
+    moved = backbone.to("meta")
+    there = torch.optim.AdamW(moved.parameters(), 1e-3, fused=False)
+    checkpoint.restore_optimizer(tmp_path / "bFalse", moved, there)
+    assert {there.state[parameter]["exp_avg_sq"].device.type for parameter in moved.parameters()} == {"meta"}
+    assert {there.state[parameter]["step"].device.type for parameter in moved.parameters()} == {"cpu"}
+    other = torch.optim.AdamW([moved.query], 1e-3)
+    with pytest.raises(InputError, match="the training state is of other parameters"):
+        checkpoint.restore_optimizer(tmp_path / "bTrue", moved, other)

@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> ToySource:
 def convert(source: ToySource, out: Path, **more: Any) -> dict[str, Any] | None:
     recipe = Recipe(source.convention, source.state_names, image_size=8, columns=source.columns)
     settings: dict[str, Any] = {"cameras": source.cameras, "transform": "none", "config": {"size": 8}}
-    return conversion.convert(out, source, source.units(source.splits), recipe, **(settings | more))
+    return conversion.convert(out, source, source.units(source.splits), recipe, **(settings | more))[0]
 
 
 def everything(out: Path) -> dict[str, bytes]:

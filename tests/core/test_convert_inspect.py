@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 from tfds_bytes import bridge_episode, jpeg, write_tfds
 
+from vlm4vla_core import images
 from vlm4vla_core.actions import BRIDGE
 from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import Episode, EpisodeStore, write_store
@@ -39,7 +42,9 @@ def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.
     assert told["account"]["black_cameras"] == ["image_1"]
 
     before = (out / "dataset.json").stat().st_mtime_ns
+    (tmp_path / ".store.partial" / "parts").mkdir(parents=True)  # as after a kill at the very end
     assert main([*command, "--json", str(tmp_path / "again.json")]) == 0
+    assert not (tmp_path / ".store.partial").exists()
     assert capsys.readouterr().out == f"{out} is up to date\n"
     assert (out / "dataset.json").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "again.json").read_text())
@@ -103,6 +108,20 @@ def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: 
     assert "no camera 'top'" in fails(capsys, out, source, "--cameras", "top")
     assert "no split 'dev'" in fails(capsys, out, source, "--split", "dev")
     assert "--size 0" in fails(capsys, out, source, "--size", "0")
+    assert "--workers must be" in fails(capsys, out, source, "--workers", "0")
+    for part in ("0/2", "3/2", "1/1", "2", "a/b"):
+        assert f"--shard {part} is no part" in fails(capsys, out, source, "--shard", part)
+    assert "rlds data have no option 'scenes'" in fails(capsys, out, source, "--scenes", "A")
+    assert "no action convention 'bride'" in (line := fails(capsys, out, source, "--convention", "bride"))
+    assert "did you mean 'bridge'" in line
+    assert "rlds data have no option 'convention'" in fails(capsys, out, source, "--convention", "bridge")
+    model = json.dumps(BRIDGE.to_dict())
+    for text, told in (("[]", "no action convention"), (model.replace("frame", "fame"), "fame, frame"), ("{", "JSON")):
+        (tmp_path / "c.json").write_text(text)
+        assert told in fails(capsys, out, source, "--convention", str(tmp_path / "c.json"))
+    (tmp_path / "c.json").write_text(model)
+    assert "have no option 'convention'" in fails(capsys, out, source, "--convention", str(tmp_path / "c.json"))
+    assert "transform 'libero' does not belong" in fails(capsys, out, source, "--transform", "libero")
     assert "black" in fails(capsys, out, source, "--cameras", "image_1")
 
     shard = source / "mini-train.tfrecord-00000-of-00001"
@@ -129,6 +148,29 @@ def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: 
     assert "1 episodes without language" in line
 
 
+def test_machines_do_their_parts_and_the_plain_command_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    units = [[bridge_episode(10 * unit + n, steps=6) for n in range(3)] for unit in range(3)]
+    source = write_tfds(tmp_path / "mini" / "1.0.0", {"train": units, "val": [units[1][:2]]})
+    command = ["convert", "rlds", str(source), "--out", str(tmp_path / "s"), "--encoding", "raw", "--size", "16"]
+    for part in ("1/2", "2/2"):
+        assert main([*command, "--shard", part]) == 0
+        assert f"part {part} is done" in capsys.readouterr().out
+    assert not (tmp_path / "s").exists()
+    assert main([*command, "--size", "8"]) == 2
+    assert "unfinished conversion with other settings" in one_line(capsys)
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "9 episodes, 36 steps" in text and "2 episodes of split 'val' repeat an earlier split" in text
+    command[4] = str(tmp_path / "one")
+    assert main([*command, "--workers", "1"]) == 0
+    one, both = EpisodeStore.open(tmp_path / "one"), EpisodeStore.open(tmp_path / "s")
+    assert one.fingerprint == both.fingerprint
+    jpeg_of = write_tfds(tmp_path / "x" / "1.0.0", {"train": units[:1]})  # raw is what the resized picture was
+    assert main(["convert", "rlds", str(jpeg_of), "--out", str(tmp_path / "full")]) == 0
+    full = EpisodeStore.open(tmp_path / "full").images("image_0", range(12), size=16)
+    np.testing.assert_array_equal(both.images("image_0", range(12)), full)
+
+
 def test_a_failed_conversion_keeps_the_old_store(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "store"
     assert main(["convert", "rlds", str(source), "--out", str(out)]) == 0
@@ -144,7 +186,80 @@ def test_inspect_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "no such folder" in one_line(capsys)
     (tmp_path / "empty").mkdir()
     assert main(["inspect", str(tmp_path / "empty")]) == 2
-    assert "no dataset.json" in one_line(capsys)
+    assert "no known format of robot data" in one_line(capsys)
+    (tmp_path / "empty" / "dataset.json").write_text("{}")
+    assert main(["inspect", str(tmp_path / "empty")]) == 2
+    assert "expected a episode store" in one_line(capsys)
+    assert main(["inspect", str(tmp_path / "gone"), "--episodes", "0"]) == 2
+    assert "--episodes must be at least 1" in one_line(capsys)
+
+
+def test_inspect_data_that_are_not_converted_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    silent = bridge_episode(9, steps=6, language_instruction=[b""] * 6)
+    units = [[bridge_episode(10 * unit + n, steps=6) for n in range(4)] for unit in range(5)]
+    source = write_tfds(
+        tmp_path / "mini" / "1.0.0", {"train": [[silent, *units[0]], *units[1:]], "val": [units[2][:1]]}
+    )
+    told = tmp_path / "told.json"
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["inspect", str(source.parent), "--episodes", "8", "--json", str(told)]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "looked at 8 episodes of rlds data, evenly spread over 6 parts, 1 episodes without language passed over" in text
+    )
+    assert "warning: camera image_1 is black" in text
+    assert "warning: 1 episodes are in train and in val alike" in text
+    report = json.loads(told.read_text())
+    assert report["splits"] == {"train": 7, "val": 1} and report["steps"] == 8 * 4
+    assert report["looked_at"].startswith("8 episodes of rlds data")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, told])  # nothing else was written
+    write_tfds(source, {"train": [[silent]]})
+    assert main(["inspect", str(source)]) == 2
+    assert "no episodes to look at" in (line := one_line(capsys)) and "1 without language" in line
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_shows_the_histograms(tmp_path: Path):
+    store = store_of(tmp_path / "s", [episode(n, instruction=f"<b>do</b> & thing {n}") for n in range(3)])
+    assert main(["inspect", str(store.path), "--html", str(tmp_path / "sub" / "page.html")]) == 0
+    html = (tmp_path / "sub" / "page.html").read_text()
+    reader = Reader()
+    reader.feed(html)
+    assert "<b>do</b> & thing 2" in reader.text  # escaped in the source, literal to the reader
+    pictures = [attrs["src"] for tag, attrs in reader.tags if tag == "img"]
+    assert len(pictures) == 2 and all(src and src.startswith("data:image/jpeg;base64,") for src in pictures)
+    assert "http" not in html.replace("http-equiv", "") and "<script" not in html
+    shown = images.decode(base64.b64decode(str(pictures[0]).partition(",")[2]))
+    assert shown.shape == contact_sheet(store, "front").shape
+    # The first histogram: bars as high as an independent count of the same values says, lines at the quantiles.
+    first = reader.tags[[tag for tag, _ in reader.tags].index("svg") :]
+    bars = {}
+    for tag, attrs in first[1:]:
+        if tag == "svg":
+            break
+        if tag == "rect":
+            bars[round(float(str(attrs["x"])) / 6)] = float(str(attrs["height"]))
+    x = store.action[:, 0].astype(np.float64)
+    place = np.clip(((x - x.min()) / (x.max() - x.min()) * 40).astype(int), 0, 39)
+    counts = np.bincount(place, minlength=40)
+    expected = {place: 70 * n / counts.max() for place, n in enumerate(counts) if n}
+    assert bars == pytest.approx(expected, abs=0.06)
+    lines = [float(str(attrs["x1"])) for tag, attrs in first[1:] if tag == "line"][:2]
+    assert lines == pytest.approx(240 * (np.percentile(x, [1, 99]) - x.min()) / (x.max() - x.min()), abs=0.06)
 
 
 # --- summary --------------------------------------------------------------------------------------------
@@ -199,6 +314,9 @@ def test_warnings(tmp_path: Path):
     assert "gripper command never changes" in found
     assert "1 of 3 episodes have no instruction" in found
     assert "1 episodes repeat another one" in found
+    assert "alike" not in found
+    both = "\n".join(summarise(store_of(tmp_path / "b", [episode(0), episode(1), episode(1, split="val")])).warnings)
+    assert "1 episodes are in train and in val alike" in both
 
 
 def test_contact_sheet_shows_one_episode_per_instruction(tmp_path: Path):

@@ -51,7 +51,7 @@ def write_calvin(root: Path, spans: list[tuple[int, int]], split: str = "trainin
     (part / "lang_annotations").mkdir(parents=True, exist_ok=True)
     for index in {i for first, last in spans for i in range(first, last + 1)}:
         write_frame(part, index)
-    np.save(part / "lang_annotations" / "auto_lang_ann.npy", annotations(spans, more.get("texts")))  # type: ignore[arg-type]
+    np.save(part / "lang_annotations" / "auto_lang_ann.npy", annotations(spans, more.get("texts")))
     runs = more.get("runs", [(0, 10**6)])
     np.save(part / "ep_start_end_ids.npy", np.array(runs))
     if "scenes" in more:
@@ -194,7 +194,7 @@ def test_a_frame_cut_or_changed_anywhere_is_told(tmp_path: Path):
         ({"language": {}}, "not CALVIN's language annotations .*KeyError"),
         (annotations([(0, 1)], ["one", "too many"]), "2 instructions, 1 tasks, 1 runs"),
         (annotations([(3, 1)]), "frames 3 to 1"),
-        (annotations([(0, 1, 2)]), "not CALVIN's language annotations"),  # type: ignore[list-item]
+        (annotations([(0, 1, 2)]), "not CALVIN's language annotations"),
         ([1, 2], "not CALVIN's language annotations"),
     ],
 )
@@ -208,7 +208,7 @@ def test_strange_annotations(tmp_path: Path, content: Any, pattern: str):
 
 def test_an_annotation_of_a_billion_frames_is_not_believed(tmp_path: Path):
     part = write_calvin(tmp_path, [(0, 1)], runs=[(0, 10**10)])
-    np.save(part / "lang_annotations" / "auto_lang_ann.npy", annotations([(0, 10**9)]))  # type: ignore[arg-type]
+    np.save(part / "lang_annotations" / "auto_lang_ann.npy", annotations([(0, 10**9)]))
     with pytest.raises(InputError, match="frame missing"):
         kept(open_calvin(tmp_path))
 
@@ -318,7 +318,7 @@ def test_modules_are_not_even_imported(tmp_path: Path):
 
 def test_a_pickle_cut_anywhere_is_one_clear_error(tmp_path: Path):
     path = tmp_path / "x.npy"
-    np.save(path, annotations([(0, 1), (2, 5)]) | {"language": {"ann": ["a"], "emb": np.zeros((2, 1, 3))}})  # type: ignore[arg-type]
+    np.save(path, annotations([(0, 1), (2, 5)]) | {"language": {"ann": ["a"], "emb": np.zeros((2, 1, 3))}})
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
@@ -331,7 +331,7 @@ def test_a_pickle_cut_anywhere_is_one_clear_error(tmp_path: Path):
 @given(st.data())
 def test_no_damage_to_a_pickle_crashes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     buffer = io.BytesIO()
-    np.save(buffer, annotations([(0, 1)]) | {"language": {"ann": ["a"], "emb": np.zeros((1, 1, 2))}})  # type: ignore[arg-type]
+    np.save(buffer, annotations([(0, 1)]) | {"language": {"ann": ["a"], "emb": np.zeros((1, 1, 2))}})
     whole = bytearray(buffer.getvalue())
     for _ in range(data.draw(st.integers(1, 3))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -358,7 +358,7 @@ def test_original_frames(samples: Path, tmp_path: Path):
         (part / "lang_annotations").mkdir(parents=True)
         shutil.copy(path, part)
         spans = [(int(frame), int(frame))]
-        np.save(part / "lang_annotations" / "auto_lang_ann.npy", annotations(spans))  # type: ignore[arg-type]
+        np.save(part / "lang_annotations" / "auto_lang_ann.npy", annotations(spans))
         (episode,) = kept(open_calvin(part.parent, depth=True), ("rgb_static", "rgb_gripper"))
         with np.load(path) as raw:
             np.testing.assert_array_equal(episode.action[0], raw["rel_actions"].astype(np.float32))

@@ -23,7 +23,13 @@ BOTH = ("after_action", "before_action")
 
 
 def write_libero(
-    path: Path, lengths: list[int], *, regenerated: bool = False, text: Any = "put it there", **change: Any
+    path: Path,
+    lengths: list[int],
+    *,
+    regenerated: bool = False,
+    text: Any = "put it there",
+    size: int = 8,
+    **change: Any,
 ) -> Path:
     """A task file in the layout of LIBERO's create_dataset, or of OpenVLA's regeneration (no attributes).
 
@@ -44,8 +50,8 @@ def write_libero(
             parts: dict[str, Any] = {
                 "actions": actions, "states": rng.normal(size=(steps, 47)), "robot_states": rng.normal(size=(steps, 9)),
                 "rewards": np.eye(1, steps, steps - 1, dtype=np.uint8)[0], "dones": np.zeros(steps, np.uint8),
-                "obs/agentview_rgb": rng.integers(0, 255, (steps, 8, 8, 3), np.uint8),
-                "obs/eye_in_hand_rgb": rng.integers(0, 255, (steps, 8, 8, 3), np.uint8),
+                "obs/agentview_rgb": rng.integers(0, 255, (steps, size, size, 3), np.uint8),
+                "obs/eye_in_hand_rgb": rng.integers(0, 255, (steps, size, size, 3), np.uint8),
                 "obs/ee_states": rng.normal(size=(steps, 6)), "obs/gripper_states": rng.normal(size=(steps, 2)),
                 "obs/joint_states": rng.normal(size=(steps, 7)),
             }  # fmt: skip

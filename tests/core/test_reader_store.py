@@ -20,9 +20,9 @@ from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.errors import InputError
 
 
-def episode(seed: int, steps: int = 5, **more: Any) -> Episode:
+def episode(seed: int, steps: int = 5, size: int = 12) -> Episode:
     rng = np.random.default_rng(seed)
-    frames = rng.integers(0, 255, (steps, 12, 12, 3), np.uint8)
+    frames = rng.integers(0, 255, (steps, size, size, 3), np.uint8)
     return Episode(
         instruction=f"do {seed}",
         images={"front": frames, "wrist": frames[:, ::-1]},
@@ -32,16 +32,15 @@ def episode(seed: int, steps: int = 5, **more: Any) -> Episode:
         split="val" if seed % 3 == 2 else "train",
         source=f"origin {seed}",
         info={"task": f"task {seed}"},
-        depth={"front": rng.integers(0, 9000, (steps, 12, 12)).astype(np.uint16)},
-        segmentation={"front": rng.integers(0, 9, (steps, 12, 12)).astype(np.uint8)},
-        **more,
+        depth={"front": rng.integers(0, 9000, (steps, size, size)).astype(np.uint16)},
+        segmentation={"front": rng.integers(0, 9, (steps, size, size)).astype(np.uint8)},
     )
 
 
-def make(out: Path, seeds: list[int], **more: Any) -> Path:
+def make(out: Path, seeds: list[int], *, steps: int = 5, size: int = 12, **more: Any) -> Path:
     settings: dict[str, Any] = {"source": "made up", "convention": BRIDGE, "state_names": ("a", "b"), "config": {}}
     settings |= {"inputs": {}, "transform": "bridge_orig", "column_names": {"truth": ("p", "q", "r")}, **more}
-    write_store(out, [episode(seed) for seed in seeds], **settings)
+    write_store(out, [episode(seed, steps, size) for seed in seeds], **settings)
     return out
 
 

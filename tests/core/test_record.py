@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.cli import main
@@ -40,6 +41,10 @@ def test_the_store_holds_what_was_asked_for(store: EpisodeStore) -> None:
     summary = json.loads((store.path.parent / "summary.json").read_text())
     assert summary["counts"]["steps"] == len(store) and summary["frames_per_s"] > 0
     assert summary["account"]["demonstrations"] == dict.fromkeys(tasks.TASKS, 6)
+    assert store.manifest["domains"] == ["A", "B", "C"]  # evaluation refuses a domain that was trained on
+    assert store.manifest["seeds"] == sorted(table["seed"], key=int)
+    for row in (0, len(store) - 1):
+        assert simplejpeg.decode_jpeg_header(store.jpeg("front", row))[3] == "444"  # colour at full resolution
 
 
 def test_first_steps_are_the_seed_s_start_and_the_expert_s_clean_action(store: EpisodeStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_fuzz import changed
 from tfds_bytes import bridge_episode, example, jpeg, record, shape, write_tfds
 
 from vlm4vla_core import images
@@ -217,7 +219,7 @@ def test_a_broken_image_names_file_and_record(tmp_path: Path):
         black_cameras(source, ["train"], ("image_0",))
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=80)
 @given(st.data())
 def test_damage_below_the_checksums_never_crashes(data: st.DataObject):
     whole = bytearray(example(bridge_episode(0, steps=3)))
@@ -244,6 +246,35 @@ def test_foreign_descriptions(tmp_path: Path):
     (folder / "features.json").write_text('{"featuresDict": 3}')
     with pytest.raises(InputError, match="not a TFDS feature description"):
         open_rlds(folder)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_descriptions_cut_at_every_byte(tmp_path: Path, name: str):
+    folder = only(tmp_path, bridge_episode(0))
+    whole = (folder / name).read_bytes()
+    for cut in range(len(whole)):
+        (folder / name).write_bytes(whole[:cut])
+        with pytest.raises(InputError, match=rf"not valid JSON .*{name}"):
+            open_rlds(folder)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(data=st.data())
+def test_no_description_crashes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    whole, folder = (tmp_path_factory.getbasetemp() / name for name in ("rlds_whole", "rlds_fuzz"))
+    if not whole.is_dir():
+        shutil.copytree(only(whole, bridge_episode(0)), folder)
+    name = data.draw(st.sampled_from(["dataset_info.json", "features.json"]))
+    for other in ("dataset_info.json", "features.json"):
+        shutil.copy(whole / other, folder)
+    (folder / name).write_text(json.dumps(changed(json.loads((whole / name).read_text()), data)))
+    try:
+        found = read_all(folder)
+    except InputError as error:
+        assert str(folder) in str(error) or "split" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert len(found) == 1
 
 
 def test_splits(tmp_path: Path):
@@ -339,15 +370,5 @@ def test_bridge_sample(samples: Path):
     assert len(found) == 25
     for number, episode in enumerate(found):
         np.testing.assert_array_equal(episode.action, expected[f"action_{number:02d}"])
-    # the facts of the sample's own description: raw range and mean of the actions, first action zero, val a copy
-    whole = read_all(samples / "bridge_rlds_octo", ("train",), transform="none")
-    action = np.stack([e.action for e in whole if isinstance(e, Episode)])  # (25, 10, 7)
-    assert action.shape == (25, 10, 7)
-    assert np.abs(action[:, 0, :6]).max() < 1e-6
-    low, high = action.min((0, 1)), action.max((0, 1))
-    np.testing.assert_allclose(low, [-0.0190, -0.0293, -0.0205, -0.1596, -0.1174, -0.2543, 0], atol=5.1e-5)
-    np.testing.assert_allclose(high, [0.0180, 0.0122, 0.0328, 0.1330, 0.0724, 0.0674, 1], atol=5.1e-5)
-    mean = [0.00159, -0.00097, -0.00294, -0.00994, -0.00485, -0.00533, 0.7392]
-    np.testing.assert_allclose(action.mean((0, 1), np.float64), mean, atol=5.1e-6 + 5e-5)
     copies = {e.action.tobytes() for e in read(samples / "bridge_rlds_octo", ("val",))}
     assert copies == {e.action.tobytes() for e in found}

@@ -90,6 +90,17 @@ def test_a_mixture_gives_every_row_of_a_set_once_per_epoch_of_that_set(sizes, ba
             assert sorted(seen_rows[start : start + len(rows)]) == rows.tolist()
 
 
+def test_epochs_of_a_mixture_go_on_from_block_to_block():
+    """Five blocks of 4,096 samples: the epochs of both sets reach across their borders."""
+    sets = [np.arange(700), 1000 + np.arange(3001)]
+    rows = np.concatenate([mixed_batch(sets, (1, 2), 512, 3, step)[1] for step in range(40)])
+    for part in sets:
+        mine = rows[np.isin(rows, part)]
+        assert len(mine) > 4 * len(part)
+        for start in range(0, len(mine) - len(part) + 1, len(part)):
+            assert sorted(mine[start : start + len(part)]) == part.tolist()
+
+
 def test_the_shares_of_a_mixture_are_its_weights():
     sets = [np.arange(7), np.arange(1000), np.arange(50)]
     weights = np.array([0.1, 3.0, 0.7])

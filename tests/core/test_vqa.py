@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toys import toy_store
+from toys import OBJECTS, STATE, toy_store
 
-from vlm4vla_core.actions import BRIDGE
+from vlm4vla_core import fast
+from vlm4vla_core.actions import BRIDGE, TABLETOP
 from vlm4vla_core.episodes.store import Episode, EpisodeStore, write_store
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.vqa import CLEARLY, questions
+from vlm4vla_core.sims.tabletop import demos
+from vlm4vla_core.sims.tabletop.render import PALETTE
+from vlm4vla_core.sims.tabletop.world import COLOURS
+from vlm4vla_core.vqa import CLEARLY, availability, questions
+from vlm4vla_core.vqa.data import EmbodiedData, parse_points
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +92,149 @@ def test_a_store_without_a_named_gripper_is_refused(tmp_path: Path):
     store = write(tmp_path / "s", ("a", "b", "z", "gripper"), np.arange(5))
     with pytest.raises(InputError, match=r"does not name x, y.*its state is named a, b, z, gripper"):
         questions(store, 0, np.random.default_rng(0))
+
+
+# --- kinds that are asked for by name
+
+
+@pytest.fixture(scope="module")
+def tabletop(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    """Real demonstrations of the tabletop world in all of its training domains."""
+    plans = demos.plan(9, ("move", "touch", "lift"), ("A", "B", "C"), seed=0)
+    return write_store(
+        tmp_path_factory.mktemp("tabletop") / "store", demos.demonstrations(plans, size=112, noise=0.2),
+        source="tabletop", convention=TABLETOP, state_names=demos.STATE_NAMES, column_names=demos.COLUMN_NAMES,
+        config={}, inputs={}, jpeg_444=True,
+    )  # fmt: skip
+
+
+def ask(store: EpisodeStore, kind: str, repeats: int = 3, **options) -> list[tuple[int, str, str]]:
+    rng, asked = np.random.default_rng(0), []
+    for row in np.tile(np.arange(len(store)), repeats):
+        found = questions(store, int(row), rng, kinds=(kind,), **options)
+        assert found.kind == kind
+        asked.append((int(row), found.question, found.answer))
+    return asked
+
+
+def test_the_pixel_pointed_at_has_the_colour_that_was_asked_for(tabletop: EpisodeStore):
+    """The picture is the witness: its pixel at the answer is nearest to the named colour of the palette."""
+    right, seen = [], 0
+    for row, question, answer in ask(tabletop, "pointing"):
+        ((x, y),) = parse_points(answer)
+        if "gripper" in question:
+            continue
+        seen += 1
+        name = re.match("Point to the (\\w+) ", question)[1]
+        pixel = tabletop.images("front", [row])[0][int(y * 112), int(x * 112)] / 255
+        direction = PALETTE / np.linalg.norm(PALETTE, axis=1, keepdims=True)
+        right.append(COLOURS[int((direction @ (pixel / np.linalg.norm(pixel))).argmax())] == name)
+    assert seen > 100
+    assert np.mean(right) > 0.9  # the gripper now and then hides an object
+
+
+def test_relative_position_follows_from_the_recorded_places(tabletop: EpisodeStore):
+    answers = set()
+    for row, question, answer in ask(tabletop, "relative"):
+        name, first, second, other = re.match(
+            "Is the (.+) (left|in front) or (right|behind) of the (.+)\\?", question
+        ).groups()
+        names = tabletop.episodes["objects"][tabletop.episode_of[row]].split(";")
+        places = tabletop.column("truth/objects")[row].reshape(-1, 3)
+        axis = 0 if first == "left" else 1
+        offset = places[names.index(name), axis] - places[names.index(other), axis]
+        assert abs(offset) > CLEARLY
+        assert answer == (second if offset > 0 else first)
+        answers.add(answer)
+    assert answers == {"left", "right", "in front", "behind"}
+
+
+def test_next_action_by_hand(tmp_path: Path):
+    """One episode of known motion: two steps right, three steps still with an opening gripper, then up to the end."""
+    action = np.zeros((9, 7), np.float32)
+    action[:2, 0], action[5:, 2] = 0.05, 0.05
+    action[4:, 6] = 1
+    state = np.zeros((9, 7), np.float32)
+    state[6:, 6] = 1
+    episode = Episode(
+        "lift it", {"front": np.zeros((9, 16, 16, 3), np.uint8)}, state, action, columns={"truth/objects": state[:, :6]}
+    )
+    options = {"state_names": STATE, "column_names": {"truth/objects": OBJECTS}, "config": {}, "inputs": {}}
+    expected = ["move right"] * 2 + ["move up"] * 2 + ["open the gripper"] * 2 + ["move up"] * 3
+    for convention, words in (
+        (TABLETOP, expected),
+        (BRIDGE, [w.replace("right", "along +x").replace("up", "along +z") for w in expected]),
+    ):
+        store = write_store(tmp_path / convention.frame[:5], [episode], source="m", convention=convention, **options)
+        assert [answer for _, _, answer in ask(store, "next action", 1)] == words
+    assert ask(store, "next action", 1)[0][1] == 'The task is "lift it". What does the robot do next?'
+
+
+def test_action_tokens_decode_to_the_stored_chunk(tabletop: EpisodeStore):
+    tokenizer = fast.fit_store(tabletop, 4)
+    for row, _, answer in ask(tabletop, "action tokens", 1, fast=tokenizer):
+        decoded = tokenizer.decode([fast.from_text(answer)])
+        assert decoded.ok.all()
+        end = tabletop.starts[tabletop.episode_of[row]] + tabletop.lengths[tabletop.episode_of[row]] - 1
+        chunk = tabletop.action[np.minimum(row + np.arange(4), end)]
+        half = (np.array(tokenizer.q99) - np.array(tokenizer.q01)) / 2
+        error = np.abs(decoded.actions[0] - np.clip(chunk, tokenizer.q01, tokenizer.q99))
+        assert (error <= tokenizer.error_bound * half + 1e-6).all()
+
+
+def test_what_cannot_be_asked_is_passed_over_with_its_reason(
+    store: EpisodeStore, tabletop: EpisodeStore, tmp_path: Path
+):
+    assert {kind: bool(reason) for kind, reason in availability(tabletop).items() if reason} == {"action tokens": True}
+    assert availability(store)["pointing"] == "the camera's projection is not known"
+    plain = write(tmp_path / "s", ("x", "y", "z", "gripper"), np.arange(5) % 2)
+    reasons = availability(plain)
+    assert reasons["nearest"] == "the store does not record where objects are"
+    assert not reasons["next action"] and not reasons["position"]
+    rng = np.random.default_rng(0)
+    assert {questions(plain, 0, rng, kinds=("pointing", "gripper")).kind for _ in range(9)} == {"gripper"}
+    with pytest.raises(InputError, match=r"no questions of kind pointing: the store does not record where objects are"):
+        questions(plain, 0, rng, kinds=("pointing",))
+    with pytest.raises(InputError, match=r"the FAST tokenizer is for 7 numbers|no FAST tokenizer is given"):
+        questions(plain, 0, rng, kinds=("action tokens",))
+    with pytest.raises(InputError, match="no questions of kind 'pointin'; did you mean 'pointing'"):
+        questions(plain, 0, rng, kinds=("pointin",))
+
+
+def test_questions_drawn_by_training_stay_what_they_were(store: EpisodeStore):
+    """Stored from the first version: a run that is resumed must be asked what it would have been asked."""
+    rng = np.random.default_rng(11)
+    assert [questions(store, row, rng)[:2] for row in range(0, 54, 9)] == [
+        ("Is the gripper left, middle or right?", "middle"),
+        ("Is the gripper left, middle or right?", "left"),
+        ("Which object is nearest to the gripper?", "red cube"),
+        ("Is the gripper low, middle or high?", "middle"),
+        ("Is the gripper open?", "yes"),
+        ("Is the gripper open?", "yes"),
+    ]
+
+
+def test_generated_questions_as_a_data_set(tabletop: EpisodeStore):
+    data = EmbodiedData(tabletop, "front", ("pointing", "position"), seed=1)
+    assert len(data) == len(tabletop)
+    rows = [data[index] for index in range(40)]
+    assert {row.kind for row in rows} == {"pointing", "position"}
+    assert all((row.points is not None) == (row.kind == "pointing") for row in rows)
+    assert [data[index].answer for index in range(40)] == [row.answer for row in rows]
+
+
+def test_a_row_without_a_question_is_stood_in_for_by_the_next(tmp_path: Path):
+    state, objects = np.zeros((4, 7), np.float32), np.zeros((4, 6), np.float32)
+    objects[[1, 3], 0], objects[:, 3:] = 0.2, -1  # in rows 0 and 2 the only object is where the gripper is
+    episode = Episode(
+        "go", {"front": np.zeros((4, 16, 16, 3), np.uint8)}, state, np.zeros((4, 7), np.float32),
+        columns={"truth/objects": objects}, info={"objects": "red cube"},
+    )  # fmt: skip
+    options = {"state_names": STATE, "column_names": {"truth/objects": OBJECTS}, "config": {}, "inputs": {}}
+    store = write_store(tmp_path / "s", [episode], source="m", convention=TABLETOP, **options)
+    data = EmbodiedData(store, "front", ("side",))
+    assert [data[index].source[-1] for index in range(4)] == ["1", "1", "3", "3"]
+    with pytest.raises(InputError, match="row 2 has no question of kind side"):
+        questions(store, 2, np.random.default_rng(0), kinds=("side",))
+    with pytest.raises(InputError, match="no row has a question of kind side"):
+        EmbodiedData(store, "front", ("side",), rows=np.array([0, 2]))[1]

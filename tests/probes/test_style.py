@@ -6,6 +6,7 @@ import matplotlib as mpl
 import pytest
 
 from probes import style
+from vlm4vla_core.errors import InputError
 
 
 def _drawing():
@@ -25,6 +26,18 @@ def test_saving_twice_gives_the_same_bytes_and_no_leftovers(tmp_path):
         assert one.read_bytes() == two.read_bytes()
     assert "<dc:date>" not in first[0].read_text()
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["a.b.png", "a.b.svg"]
+
+
+def test_a_plot_asked_for_as_pdf_comes_in_all_three_and_the_same_twice(tmp_path):
+    first = style.save_plot(_drawing(), tmp_path / "a.pdf")
+    second = style.save_plot(_drawing(), tmp_path / "b.pdf")
+    assert sorted(path.name for path in first) == ["a.pdf", "a.png", "a.svg"]
+    assert first[0].read_bytes() == second[0].read_bytes() and first[0].read_bytes().startswith(b"%PDF")
+    assert [path.name for path in style.save_plot(_drawing(), tmp_path / "c.svg")] == ["c.png", "c.svg"]
+    assert not (tmp_path / "c.pdf").exists()
+    style.check_plot(None)
+    with pytest.raises(InputError, match=r"a plot is \.png, \.svg or \.pdf, not '\.jpg'"):
+        style.check_plot(tmp_path / "a.jpg")
 
 
 def test_png_has_the_stated_width(tmp_path):

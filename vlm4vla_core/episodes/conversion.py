@@ -72,6 +72,13 @@ def up_to_date(out: Path, source: Source, units: Sequence[Unit], config: Mapping
     return folders.current(out, KIND, config=config, inputs=now, name=MANIFEST)
 
 
+def tidy(out: Path) -> None:
+    """Remove what a conversion left that was killed after its store had been put in place."""
+    partial = partial_folder(out)
+    if partial.is_dir() and not (partial / "store").exists():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def stamp(source: Source, unit: Unit) -> str:
     """Fingerprint of the names, sizes and modification times of a unit's files: cheap, and changes when they do."""
     return folders.fingerprint([[_short(source, path), *_size_and_time(path)] for path in unit.files])
@@ -170,25 +177,27 @@ def convert(
     black: Sequence[str] = (),
     workers: int = 1,
     shard: tuple[int, int] = (1, 1),
-) -> dict[str, Any] | None:
-    """Convert what is missing; with the last unit the store at `out` appears, and its account is returned.
+) -> tuple[dict[str, Any] | None, int]:
+    """Convert what is missing; with the last unit the store at `out` appears. Returns its account and how many frames
+    were converted now.
 
     black: cameras that were left out, for the account. shard: (i, n) does every n-th unit from the i-th on and does
-    not finish the store; then None is returned. Raises InputError as the reader does, when the disk is full, when a
+    not finish the store; then the account is None. Raises InputError as the reader does, when the disk is full, when a
     worker is killed, and when another conversion into this store is running; what is finished is kept, and issuing
     the same again goes on from there.
     """
     out = Path(out).resolve()
     folders.check_replaceable(out, KIND)
+    folders.recover(out)
     partial = partial_folder(out)
     key = folders.fingerprint({"config": dict(config), "cameras": cameras, "recipe": recipe.to_dict()})
     job = Job(source, recipe, cameras, transform, partial, key)
     mine = list(range(len(units)))[shard[0] - 1 :: shard[1]]
     with _room(partial, config, alone=shard == (1, 1)):
         try:
-            records = _convert_missing(job, units, mine, workers)
+            records, frames = _convert_missing(job, units, mine, workers)
             if shard != (1, 1):
-                return None
+                return None, frames
             told = _finish(job, out, units, records, config, black)
         except OSError as error:
             reason = "the disk is full" if error.errno == 28 else f"cannot go on ({error})"
@@ -196,11 +205,13 @@ def convert(
             fix = f"then issue the same command again: {kept} of {len(units)} parts are kept"
             raise InputError(reason, where=partial, fix=f"make room, {fix}" if error.errno == 28 else fix) from None
     shutil.rmtree(partial, ignore_errors=True)
-    return told
+    return told, frames
 
 
-def _convert_missing(job: Job, units: Sequence[Unit], mine: Sequence[int], workers: int) -> dict[int, dict[str, Any]]:
-    """The records of these units, in order; those that are not there yet are made."""
+def _convert_missing(
+    job: Job, units: Sequence[Unit], mine: Sequence[int], workers: int
+) -> tuple[dict[int, dict[str, Any]], int]:
+    """The records of these units, in order, and the frames of those that had to be made."""
     records = {index: record for index in mine if (record := _finished(job, index, units[index]))}
     todo = [index for index in mine if index not in records]
     with progress(total=len(mine), what="convert", unit="part") as bar:
@@ -227,7 +238,7 @@ def _convert_missing(job: Job, units: Sequence[Unit], mine: Sequence[int], worke
             for index, record in _in_processes(job, units, todo, min(workers, len(todo))):
                 told(sum(row["length"] for row in record["part"]["rows"]))
                 done(index, record)
-    return {index: records[index] for index in mine}
+    return {index: records[index] for index in mine}, frames
 
 
 def _in_processes(

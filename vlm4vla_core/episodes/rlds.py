@@ -232,7 +232,7 @@ class RldsSource:
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (shape[0], shape[1]) if len(shape) == 3 and all(shape) else (1, 1)
+    return (shape[0], shape[1]) if len(shape) == 3 and min(shape) > 0 else (1, 1)
 
 
 def open_rlds(source: Path) -> RldsSource:

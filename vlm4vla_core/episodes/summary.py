@@ -7,23 +7,29 @@ at up to `LOOKS` evenly spread images, not at all of them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm4vla_core import images
-from vlm4vla_core.episodes.store import EpisodeStore
+from vlm4vla_core.episodes.source import Skipped, Source
+from vlm4vla_core.episodes.store import Episode, EpisodeStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LOOKS = 64
+BINS = 40
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension of the action or the state, in its physical unit; outside: share of steps beyond q01…q99."""
+    """One dimension of the action or the state, in its physical unit; outside: share of steps beyond q01…q99.
+
+    histogram: steps in each of `BINS` equally wide bins from min to max.
+    """
 
     kind: str
     name: str
@@ -34,6 +40,7 @@ class Dimension:
     q99: float
     max: float
     outside: float
+    histogram: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Summary:
         """One row per dimension: kind, name, unit, min, q01, mean, q99, max, outside."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(dimension) for dimension in self.dimensions])
+        return pd.DataFrame([asdict(dimension) for dimension in self.dimensions]).drop(columns="histogram")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -94,8 +101,16 @@ def _dimensions(
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     outside = ((values < low) | (values > high)).mean(axis=0)  # (D,)
     keys = ("min", "q01", "mean", "q99", "max")
+    counts = [np.histogram(column.astype(np.float64), BINS)[0].tolist() for column in values.T]
     return [
-        Dimension(kind, name, units[index], **{key: stats[key][index] for key in keys}, outside=float(outside[index]))
+        Dimension(
+            kind,
+            name,
+            units[index],
+            **{key: stats[key][index] for key in keys},
+            outside=float(outside[index]),
+            histogram=tuple(counts[index]),
+        )
         for index, name in enumerate(names)
     ]
 
@@ -109,16 +124,43 @@ def _warnings(store: EpisodeStore, dimensions: list[Dimension]) -> list[str]:
     for dimension in dimensions:
         if dimension.kind == "action" and dimension.min == dimension.max and dimension.name != "gripper":
             found.append(f"action dimension {dimension.name} is constant ({dimension.min:g})")
-    gripper = store.action[:, -1]
-    moves = (np.diff(gripper) != 0) & (np.diff(store.episode_of) == 0)
-    if not moves.any():
+    moves = (np.diff(store.action[:, -1]) != 0) & (np.diff(store.episode_of) == 0)
+    if not moves.any() and not np.isnan(store.convention.gripper_open):  # NaN: no gripper there, or not known
         found.append("the gripper command never changes within an episode")
     if silent := sum(not text for text in store.instructions):
         found.append(f"{silent} of {len(store.instructions)} episodes have no instruction")
     copies = Counter(store.content)
     if repeated := sum(count - 1 for count in copies.values()):
         found.append(f"{repeated} episodes repeat another one (same actions, states and first images)")
+    of = {
+        split: {text for text, mine in zip(store.content, store.splits, strict=True) if mine == split}
+        for split in set(store.splits)
+    }
+    if shared := len(set.intersection(*of.values())) if len(of) > 1 else 0:
+        found.append(f"{shared} episodes are in {' and in '.join(sorted(of))} alike")
     return found
+
+
+def glance(
+    source: Source, splits: tuple[str, ...], transform: str, limit: int, left_out: Counter[str]
+) -> Iterator[Episode]:
+    """Up to `limit` episodes of a source: the first of evenly spread units, with few units more of each.
+
+    left_out: the reasons of skipped episodes are counted there.
+    """
+    units = source.units(splits)
+    chosen = sorted({round(place) for place in np.linspace(0, len(units) - 1, min(limit, len(units)))}) if units else []
+    for place, index in enumerate(chosen):
+        share = limit // len(chosen) + (place < limit % len(chosen))
+        taken = 0
+        for one in source.episodes(units[index], source.cameras, transform):
+            if isinstance(one, Skipped):
+                left_out[one.reason] += 1
+                continue
+            yield one
+            taken += 1
+            if taken == share:
+                break
 
 
 def contact_sheet(

@@ -59,7 +59,7 @@ SPECS = (
         name="kosmos2",
         model_types=("kosmos-2",),
         prompts={
-            "own": Prompt("<s><image>{image}</image>Question: {text} Answer:"),
+            "own": Prompt("<s><image>{image}</image> Question: {text} Answer:"),
             "paper": Prompt("<s><image>{image}</image><p>{text}\n</p>", "{instruction}"),
         },
         answer_end="</s>",
@@ -73,8 +73,6 @@ SPECS = (
         embed_scale="after",
         image_ids=_image_ids,
         published=((r"^text_model\.lm_head\.", "lm_head."),),
-        # Computed, not learned; older files hold them.
-        unexpected=(r"lm_head\.weight", r".*\.embed_positions\.weights", r".*\.position_ids"),
         vision_tower="vision_model",
         patch_embed=("vision_model.model.embeddings", "vision_model.model.pre_layrnorm"),
         blocks="vision_model.model.encoder.layers",

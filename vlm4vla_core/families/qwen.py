@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vlm4vla_core.families.spec import CLIP_MEAN, CLIP_STD, HALF, FamilySpec, Geometry, Prompt, tiny_text
+from vlm4vla_core.families.spec import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    UNEXPECTED,
+    FamilySpec,
+    Geometry,
+    Prompt,
+    tiny_text,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +230,7 @@ SPECS = (
     _spec(
         "qwen3_5",
         tiny_config=_tiny_qwen3_5,
-        unexpected=(r"lm_head\.weight", r"mtp\..*"),  # its multi-token predictor
+        unexpected=(*UNEXPECTED, r"mtp\..*"),  # its multi-token predictor
         **_NEWER,
     ),
 )

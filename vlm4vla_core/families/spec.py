@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+# The output layer, and tables that older files hold and the library computes.
+UNEXPECTED = (r"lm_head\.weight", r".*\.position_ids", r".*\.inv_freq", r".*\.embed_positions\.weights")
 ACTION_QUESTION = "What action should the robotic arm take to {instruction}"
 
 
@@ -116,7 +118,7 @@ class FamilySpec:
     attention: str | dict[str, str] = "sdpa"
     embed_scale: str = "none"
     image_ids: Callable[[Any, int], list[int]] | None = None  # (tokenizer, number)
-    unexpected: tuple[str, ...] = (r"lm_head\.weight",)
+    unexpected: tuple[str, ...] = UNEXPECTED
     no_gradient: tuple[str, ...] = ()
     spatial: bool = True
 
@@ -142,9 +144,12 @@ class FamilySpec:
         return name
 
     def native_size(self, config: Any) -> int:
-        """Pixels per side that the checkpoint's own processor makes of a small camera image."""
-        size = self.image_size or config.vision_config.image_size
-        return int(size if isinstance(size, int) else size[0])
+        """Pixels per side that the checkpoint's own processor makes of a 224 px camera image."""
+        vision = config.vision_config
+        if self.image_size is None:
+            return int(vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0])
+        step = vision.patch_size * vision.spatial_merge_size
+        return -(-self.image_size // step) * step
 
 
 # --- pieces that several families share -----------------------------------------------------------------

@@ -23,10 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
-from vlm4vla_core.errors import InputError
+from vlm4vla_core.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from vlm4vla_core.actions import ActionConvention
     from vlm4vla_core.episodes.source import Source
+
+
+OPTIONS = ("scenes", "depth", "observations")  # of single formats; the others' readers refuse them
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,15 @@ class Args:
     """Processes to convert with; by default one per core."""
     shard: str = ""
     """Do only part i of n (`2/4`), on one of n machines; the command without --shard finishes the store."""
+    scenes: tuple[str, ...] = ()
+    """CALVIN: keep only what was recorded in these scenes (A, B, C, D)."""
+    depth: bool = False
+    """CALVIN: also keep the depth images, losslessly."""
+    observations: Literal["after_action", "before_action"] | None = None
+    """LIBERO: whether the files hold the observation after each action (the default, LIBERO's own way) or before it."""
+    convention: str = ""
+    """LeRobot: what the actions mean, which such data do not say: calvin, libero, bridge, fractal, or a JSON file with
+    the fields of `convention` in a store's dataset.json. By default recorded as unknown."""
     json: Path | None = None
     """Also write the summary as JSON to this file."""
 
@@ -65,7 +78,9 @@ def run(args: Args) -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
     shard = _shard(args.shard)
-    source = open_source(args.format, args.src)
+    options = {name: value for name in OPTIONS if (value := getattr(args, name))}
+    meaning = {"convention": _convention(args.convention)} if args.convention else {}
+    source = open_source(args.format, args.src, **options, **meaning)
     splits = choose_splits(source, args.split)
     transform = source.transforms[0] if args.transform == "dataset" else args.transform
     check_request(source, args.cameras, transform)
@@ -77,10 +92,13 @@ def run(args: Args) -> None:
         "cameras": list(dict.fromkeys(args.cameras)),  # in this order: the first is what training takes by default
         "size": args.size,
         "encoding": args.encoding,
+        **options,
+        **{name: value.to_dict() for name, value in meaning.items()},
     }
     units = source.units(splits)
     rate = None
     if conversion.up_to_date(args.out, source, units, config):
+        conversion.tidy(args.out)
         print(f"{args.out} is up to date")
     else:
         folders.refuse_other(args.out, "episodes", name=folders.STORE_MANIFEST)
@@ -94,6 +112,28 @@ def run(args: Args) -> None:
         folders.write_json(
             args.json, {"store": args.out, **{key: manifest.get(key) for key in wanted}, "frames_per_s": rate}
         )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _convention(text: str) -> ActionConvention:
+    """A convention by name or from a JSON file. Raises InputError on an unknown name and on wrong fields."""
+    from vlm4vla_core import actions
+
+    known = {name: getattr(actions, name.upper()) for name in ("bridge", "calvin", "fractal", "libero")}
+    if text in known:
+        return known[text]
+    if not Path(text).is_file():
+        raise InputError(f"no action convention '{text}', nor a file of that name", fix=nearest(text, known))
+    value = folders.read_json(Path(text))
+    try:
+        return actions.ActionConvention.from_dict(value)
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"no action convention ({error})", where=text, fix="take one of dataset.json as a model"
+        ) from None
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -114,7 +154,7 @@ def _convert(
     config: dict[str, Any],
     shard: tuple[int, int],
 ) -> float | None:
-    """Write the store, print what came of it; returns images written per second, None when only a part was done."""
+    """Write the store, print what came of it; returns images converted per second, None when only a part was done."""
     from vlm4vla_core.episodes import conversion
     from vlm4vla_core.episodes.checks import black_cameras
     from vlm4vla_core.episodes.store import EpisodeStore
@@ -128,7 +168,7 @@ def _convert(
     if next(some, None):  # else there is nothing to convert, and the account will say why
         # A camera that was asked for is left out only when there is nothing in all the data.
         black = black_cameras(source, splits, cameras, 10**9 if args.cameras else conversion.LOOKS)
-    account = conversion.convert(
+    account, frames = conversion.convert(
         args.out,
         source,
         units,
@@ -144,14 +184,14 @@ def _convert(
         transform=transform,
         config=config,
         black=black,
-        workers=args.workers or len(os.sched_getaffinity(0)),
+        workers=args.workers or _cores(),
         shard=shard,
     )
     if account is None:
         return None
     seconds = time.perf_counter() - began
     made = EpisodeStore.open(args.out)
-    rate = len(made) * len(made.cameras) / seconds
+    rate = frames / seconds
     for line in conversion.lines(account):
         print(f"note: {line}")
     counts = made.manifest["counts"]

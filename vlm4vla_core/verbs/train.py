@@ -1,7 +1,8 @@
 """Turn a VLM into a VLA from an episode store, or train it on questions about the same pictures.
 
-RECIPE is a preset (tiny) or a TOML file of settings. Issuing the command again goes on where a killed run stopped,
-exactly, and does nothing once the run is finished; other settings or data need another --out.
+RECIPE is a preset (tiny, or paper, paper-bridge and paper-libero with the authors' choices) or a TOML file of settings.
+Issuing the command again goes on where a killed run stopped, exactly, and does nothing once the run is finished;
+other settings or data need another --out.
 
 Example: vlm4vla train tiny --data stores/tabletop --out runs/vla
 """
@@ -16,11 +17,13 @@ from tyro.conf import Positional
 
 from vlm4vla_core import folders
 
+Part = Literal["vision", "projector", "decoder", "word_embeddings"]
+
 
 @dataclass(frozen=True)
 class Args:
     recipe: Positional[str]
-    """Preset (tiny) or TOML file."""
+    """Preset (tiny, paper, paper-bridge, paper-libero) or TOML file."""
     data: Path
     """Episode store."""
     out: Path
@@ -29,6 +32,12 @@ class Args:
     """action (the VLA) or language (answers to questions about the scene)."""
     backbone: str | None = None
     """Model to start from: a Hugging Face folder or hub id, or a checkpoint or run of this project."""
+    freeze: tuple[Part, ...] | None = None
+    """Parts that are not trained. "projector" is the merger, which "vision" does not include."""
+    lora: tuple[Part, ...] | None = None
+    """Parts whose weights stay while low-rank adapters on them are trained."""
+    head: Literal["fc", "mlp", "flow"] | None = None
+    """Policy head: fc (the paper's), mlp (two layers) or flow (generates actions from noise)."""
     max_steps: int | None = None
     """Optimizer steps."""
     batch_size: int | None = None
@@ -48,12 +57,13 @@ class Args:
 
 
 _SETTINGS = (
-    "objective", "backbone", "max_steps", "batch_size", "lr", "seed", "save_every", "camera", "threads",
+    "objective", "backbone", "freeze", "lora", "head", "max_steps", "batch_size", "lr", "seed", "save_every", "camera",
+    "threads",
 )  # fmt: skip
 
 # Names of the measured values (see `validation`) for people.
 _LABELS = {
-    "arm": "arm loss (Huber)",
+    "arm": "arm loss",
     "gripper": "gripper loss (cross-entropy)",
     "constant_arm": "  arm loss of a constant action",
     "gripper_accuracy": "gripper accuracy",
