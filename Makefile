@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 # The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.
 # Every verb does nothing when its product is there and its inputs have not changed.
 TASKS := --tasks move touch
-ROLLOUTS := --benchmark tabletop-abc-d@0 $(TASKS) --episodes 50
+ROLLOUTS := --benchmark tabletop-tasks@1 $(TASKS) --episodes 50
 START := $(WALK)/vla/checkpoints/step-000000
 report: $(STAMP)
 	$(VLM) record tabletop $(TASKS) --episodes 800 --out $(WALK)/demos

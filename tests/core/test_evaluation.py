@@ -24,19 +24,33 @@ class LineEnv:
 
     goals: np.ndarray
     instructions: list[str]
+    last_step: bool
+    limit: int = 6
     position: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.position = np.zeros(len(self.goals))
+        n = len(self.goals)
+        self.position, self.steps = np.zeros(n), np.zeros(n, int)
+        self.ever, self.running, self.renewed = np.zeros(n, bool), np.ones(n, bool), np.ones(n, bool)
 
-    def observe(self, rows: np.ndarray) -> np.ndarray:
+    def observe(self, rows: np.ndarray, camera: str = "front") -> np.ndarray:
         return np.broadcast_to(self.position[rows, None, None, None], (len(rows), 2, 2, 3)).astype(np.uint8)
 
     def step(self, actions: np.ndarray) -> None:
-        self.position += actions[:, 0]
+        self.position += actions[:, 0] * self.running
+        self.steps += self.running
+        self.ever |= self.success()
+        self.renewed = (self.position == 3) & (np.array(self.instructions) == "new")
+        self.running &= self.steps < self.limit
+        if not self.last_step:
+            self.running &= ~self.ever
 
     def success(self) -> np.ndarray:
         return (self.position >= self.goals) & (self.position < self.goals + 1)
+
+    def outcome(self, row: int) -> dict[str, Any]:
+        done = self.success()[row] if self.last_step else self.ever[row]
+        return {"success": bool(done), "steps": int(self.steps[row]), "chain": None, "partial": float(done)}
 
 
 @dataclass(frozen=True)
@@ -49,16 +63,12 @@ class LineBenchmark:
     action_limit: tuple[float, ...] = (1.0,) * 7
     execute: int | None = None
 
-    @property
-    def step_limits(self) -> dict[str, int]:
-        return {"near": 6, "far": 6}
-
     def env_seed(self, task: str, episode: int) -> int:
         return {"near": 0, "far": 100}[task] + episode
 
     def env(self, tasks: list[str], seeds: list[int]) -> LineEnv:
         goals = np.array([seed % 100 + (1 if task == "near" else 4) for task, seed in zip(tasks, seeds, strict=True)])
-        return LineEnv(goals.astype(float), list(tasks))
+        return LineEnv(goals.astype(float), list(tasks), self.success_rule == "last_step")
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "success_rule": self.success_rule}
@@ -102,6 +112,25 @@ def test_replanning_follows_the_execute_length(execute: int, asked: int) -> None
     walker = Walker(execute=execute)
     list(evaluation.rollout(LineBenchmark("last_step"), walker, CELLS))
     assert walker.asked == asked
+
+
+def test_new_words_end_a_chunk() -> None:
+    """In the world whose instruction changes at position 3, the policy is asked again there; the others play on."""
+    asked: list[list[int]] = []
+
+    class Watched(Walker):
+        def act(self, env: LineEnv, rows: np.ndarray, rngs: Any) -> np.ndarray:
+            asked.append(rows.tolist())
+            return super().act(env, rows, rngs)
+
+    bench = LineBenchmark("last_step")
+    env = bench.env(["far", "far"], [100, 101])
+    env.instructions[1] = "new"
+    fixed = replace(bench)
+    object.__setattr__(fixed, "env", lambda tasks, seeds: env)
+    rows = list(evaluation.rollout(fixed, Watched(execute=4), [("far", 0), ("far", 1)]))
+    assert asked == [[0, 1], [1], [0]]  # both; the renewed one after 3 steps; the other after its 4
+    assert {row["steps"] for row in rows} == {6}
 
 
 def test_outcomes_do_not_depend_on_the_batch() -> None:
@@ -236,12 +265,12 @@ def test_rows_of_another_policy_are_not_mixed_in(tmp_path: Path, line_world: lis
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no/such/run", "--benchmark", "tabletop-abc-d@0"], "no such checkpoint"),
-        (["zero", "--benchmark", "tabletop-abc-e@0"], "did you mean 'tabletop-abc-d@0'"),
-        (["zero", "--benchmark", "tabletop-abc-d@0", "--tasks", "tuoch"], "did you mean 'touch'"),
-        (["zero", "--benchmark", "tabletop-abc-d@0", "--episodes", "0"], "at least 1"),
-        (["mean-action", "--benchmark", "tabletop-abc-d@0"], "--data STORE"),
-        (["zero", "--benchmark", "tabletop-abc-d@0", "--execute", "2"], "one action at a time"),
+        (["no/such/run", "--benchmark", "tabletop-abc-d@1"], "no such checkpoint"),
+        (["zero", "--benchmark", "tabletop-abc-e@1"], "did you mean 'tabletop-abc-d@1'"),
+        (["zero", "--benchmark", "tabletop-tasks@1", "--tasks", "tuoch"], "did you mean 'touch'"),
+        (["zero", "--benchmark", "tabletop-abc-d@1", "--episodes", "0"], "at least 1"),
+        (["mean-action", "--benchmark", "tabletop-abc-d@1"], "--data STORE"),
+        (["zero", "--benchmark", "tabletop-abc-d@1", "--execute", "2"], "one action at a time"),
     ],
 )
 def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: list[str], message: str) -> None:
@@ -256,6 +285,6 @@ def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: li
 def test_a_part_of_a_protocol_never_bears_its_name_alone() -> None:
     from vlm4vla_core.sims import coverage
 
-    assert coverage("tabletop-abc-d@0", ["touch", "move", "touch"]) == "2 of its 4 tasks: touch, move"
-    assert coverage("tabletop-abc-d@0", ["lift", "push", "touch", "move"]) == "all 4 tasks"
+    assert coverage("tabletop-shift@1", ["touch", "pick", "touch"]) == "2 of its 6 tasks: touch, pick"
+    assert coverage("tabletop-shift@1", ["pick", "push", "touch", "put", "stack", "switch"]) == "all 6 tasks"
     assert coverage("elsewhere@3", ["b", "a", "b"]) == "tasks b, a"

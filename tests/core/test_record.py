@@ -13,10 +13,11 @@ from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import EpisodeStore
 from vlm4vla_core.sims.benchmarks import is_evaluation_seed
-from vlm4vla_core.sims.tabletop import demos, tasks, world
+from vlm4vla_core.sims.tabletop import demos, scenes, tasks, world
+from vlm4vla_core.sims.tabletop.expert import expert
 from vlm4vla_core.sims.tabletop.render import render
 
-EPISODES = 24
+EPISODES = 42
 
 
 def record(out: Path, *more: str) -> int:
@@ -34,7 +35,7 @@ def test_the_store_holds_what_was_asked_for(store: EpisodeStore) -> None:
     table = store.episodes
     assert len(table) == EPISODES and store.cameras == ("front",) and store.convention == TABLETOP
     assert store.state_names == ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-    assert set(table.groupby(["task", "domain"]).size()) == {2}  # four tasks by three domains
+    assert set(table.groupby(["task", "domain"]).size()) == {2}  # seven tasks by three domains
     assert not any(is_evaluation_seed(int(seed)) for seed in table["seed"])
     assert (table["success"] == "true").mean() > 0.9
     assert (table["length"] <= table["task"].map({name: f.step_limit for name, f in tasks.FAMILIES.items()})).all()
@@ -49,14 +50,14 @@ def test_the_store_holds_what_was_asked_for(store: EpisodeStore) -> None:
 
 def test_first_steps_are_the_seed_s_start_and_the_expert_s_clean_action(store: EpisodeStore) -> None:
     for row in store.episodes.itertuples():
-        start = tasks.start(row.task, int(row.seed))
+        start = scenes.start(row.task, int(row.seed))
         assert row.instruction == start.instruction
         assert row.objects.split(";") == tasks.object_names(start.state, 0)
         np.testing.assert_array_equal(store.state[row.start], world.proprioception(start.state)[0])
         objects = start.state.objects.reshape(-1).astype(np.float32)
         np.testing.assert_array_equal(store.column("truth/objects")[row.start], objects)
-        assert (store.column("truth/objects")[row.start].reshape(3, 3)[len(row.objects.split(";")) :] == -1).all()
-        label = demos.expert(start.state, start.goal)[0].astype(np.float32)
+        assert (store.column("truth/objects")[row.start].reshape(-1, 3)[len(row.objects.split(";")) :] == -1).all()
+        label = expert(start.state, tasks.goals(start.state, start.asks))[0].astype(np.float32)
         np.testing.assert_array_equal(store.action[row.start], label)
         # Through JPEG, quality 95 and full colour: close to the render, and far from another domain's.
         seen = store.images("front", np.array([row.start]))[0].astype(int)
@@ -93,11 +94,56 @@ def test_noise_has_the_declared_size() -> None:
 
 def test_an_episode_depends_on_its_plan_only(store: EpisodeStore) -> None:
     plans = demos.plan(EPISODES, tasks.TASKS, ("A", "B", "C"), 0)
-    for index in (0, 7, 22):
+    for index in (0, 7, 40):
         (alone,) = demos.demonstrations([plans[index]], size=48, noise=0.3)
         rows = np.flatnonzero(store.episode_of == index)
         np.testing.assert_array_equal(alone.action, store.action[rows])
         np.testing.assert_array_equal(alone.state, store.state[rows])
+
+
+def test_ground_truth_for_probes(tmp_path: Path) -> None:
+    """Depth, segmentation, contacts and poses of two cameras, against the world stepped by hand."""
+    from vlm4vla_core.sims.tabletop import render as renderer
+
+    out = tmp_path / "truth"
+    more = ("--cameras", "front", "wrist", "--geometry", "--noise", "0", "--tasks", "pick", "switch", "--size", "56")
+    assert main(["record", "tabletop", "--episodes", "4", "--out", str(out), *more]) == 0
+    made = EpisodeStore.open(out)
+    assert made.cameras == ("front", "wrist")
+    for row in made.episodes.itertuples():
+        start = scenes.start(row.task, int(row.seed))
+        state, goal = start.state, tasks.goals(start.state, start.asks)
+        for t in range(row.length):
+            here = row.start + t
+            picture = renderer.render(state, [row.domain], 56, camera="wrist", geometry=True)
+            assert picture.depth is not None and picture.segmentation is not None
+            np.testing.assert_array_equal(made.segmentation("wrist", [here])[0], picture.segmentation[0])
+            np.testing.assert_allclose(made.depth("wrist", [here])[0] / 1000, picture.depth[0], atol=0.00051)
+            assert (made.column("truth/contact")[here] == world.contacts(state)[0]).all()
+            assert made.column("truth/switch")[here, 1] == world.switched_on(state)[0]
+            assert (made.column("truth/on")[here] == state.on[0]).all()
+            state = world.step(state, expert(state, goal))
+        assert row.target == (tasks.describe_object(start.state, 0, start.asks[0].slot) if row.task == "pick" else "")
+    assert made.column("truth/contact").any() and len(set(made.column("truth/switch")[:, 1])) == 2
+
+
+def test_a_chain_gives_an_episode_for_every_part(tmp_path: Path) -> None:
+    out, film = tmp_path / "chains", tmp_path / "chains.mp4"
+    words = ["--episodes", "4", "--tasks", "chain", "tower", "--noise", "0", "--size", "48", "--video", str(film)]
+    assert main(["record", "tabletop", "--out", str(out), *words]) == 0
+    made = EpisodeStore.open(out)
+    table = made.episodes
+    assert dict(table["task"].value_counts()) == {"chain": 10, "tower": 2} and (table["success"] == "true").all()
+    first = table[table["task"] == "chain"].iloc[:5]
+    assert first["seed"].nunique() == 1 and first["source"].nunique() == 5
+    for earlier, later in zip(first["start"] + first["length"] - 1, first["start"].iloc[1:], strict=False):
+        after = made.state[later] - made.state[earlier]  # one step apart: the parts are one continuous episode
+        assert np.abs(after[:3]).max() <= world.MAX_STEP + 1e-6
+    import av
+
+    with av.open(str(film)) as opened:
+        frames = sum(1 for _ in opened.decode(video=0))
+    assert frames > len(made)  # every step, and a pause after each episode
 
 
 def test_reissuing_does_nothing_and_changes_are_noticed(
@@ -121,7 +167,7 @@ def test_the_same_seed_gives_the_same_store_another_seed_does_not(store: Episode
     ("words", "message"),
     [
         (["--episodes", "0"], "--episodes must be at least 1"),
-        (["--tasks", "push", "lfit"], "no task 'lfit'; did you mean 'lift'?"),
+        (["--tasks", "push", "pikc"], "no task 'pikc'; did you mean 'pick'?"),
         (["--domains", "A", "E"], "no domain 'E'"),
         (["--domains", "A", "A"], "take different names"),
         (["--size", "4"], "--size 4"),

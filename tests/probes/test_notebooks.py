@@ -116,7 +116,7 @@ def play(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, **parameters: An
 def rollouts(folder: Path, model: str, successes: dict[str, int], n: int, **more: Any) -> Path:
     rows = [
         {**dict.fromkeys(EPISODE_COLUMNS), "run_id": model, "model": model, "benchmark": "tabletop-abc-d",
-         "protocol": "tabletop-abc-d@0", "task": task, "episode": i, "env_seed": i, "execute": 1, "success": i < k,
+         "protocol": "tabletop-tasks@1", "task": task, "episode": i, "env_seed": i, "execute": 1, "success": i < k,
          "success_rule": "any_step", "steps": 9, "wall_s": 0.1, **more}
         for task, k in successes.items() for i in range(n)
     ]  # fmt: skip
@@ -141,7 +141,7 @@ def test_benchmark_results(tmp_path, monkeypatch):
     best = overall["tiny x, step 400"]
     assert (best["successes"], best["episodes"]) == (18, 40)
     assert (best["low"], best["high"]) == pytest.approx(proportion_confint(18, 40, method="wilson"))
-    part = "On tabletop-abc-d@0 (2 of its 4 tasks: touch, push), "  # never the protocol's name alone
+    part = "On tabletop-tasks@1 (2 of its 7 tasks: touch, push), "  # never the protocol's name alone
     assert results["answer"].startswith(part + "tiny x, step 400 succeeds in 18 of 40 episodes (45.0 %, ")
     assert "better than the best baseline without sight, random (2 of 40" in results["answer"]
     assert results["answer"].endswith("touch 15 of 20 (random: 2 of 20), push 3 of 20 (random: 0 of 20).")

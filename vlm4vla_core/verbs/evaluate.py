@@ -3,7 +3,7 @@
 POLICY is a checkpoint or run folder, or a baseline: random, zero, mean-action (needs --data), scripted.
 Issuing the command again with more episodes runs only the missing ones.
 
-Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-abc-d@0 --tasks move touch --episodes 50
+Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-tasks@1 --tasks move touch --episodes 50
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Args:
     policy: Positional[str]
     """Checkpoint or run folder, or random, zero, mean-action, scripted."""
     benchmark: str
-    """Protocol with its version, such as tabletop-abc-d@0."""
+    """Protocol with its version, such as tabletop-tasks@1."""
     tasks: tuple[str, ...] = ()
     """Subset of the benchmark's tasks; all when left out."""
     episodes: int = 20
