@@ -66,6 +66,16 @@ pages.statements(view.verdicts(found))
 # %%
 pages.table(view.pair_table(found))
 
+# %% [markdown]
+# ## What luck of the episodes does to them
+#
+# Reliability: the share of the variance between models that is not luck of few episodes, an upper bound. Totals,
+# shuffled: outcomes change hands between models within each task. Log-odds per SD: a binomial mixed model's slope of
+# success on capability, where models differ for other reasons too.
+
+# %%
+pages.table(view.noise_table(found))
+
 # %%
 pages.finish(
     params,

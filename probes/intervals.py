@@ -57,14 +57,16 @@ def bca(
     def statistic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return pearson(rankdata(a, axis=-1), rankdata(b, axis=-1)) if ranks else pearson(a, b)
 
-    n = len(x)
+    n, order = len(x), np.lexsort((y, x))  # the order of the models must not decide which are drawn
+    x, y = np.asarray(x)[order], np.asarray(y)[order]
     r = float(statistic(x, y))
     rows = np.random.default_rng(seed).integers(0, n, size=(draws, n))
     boot = statistic(x[rows], y[rows])
     boot = boot[np.isfinite(boot)]
     keep = ~np.eye(n, dtype=bool)
     each = np.array([float(statistic(x[mask], y[mask])) for mask in keep])  # jackknife
-    below = (np.count_nonzero(boot < r) + np.count_nonzero(boot <= r)) / (2 * max(len(boot), 1))
+    ties = 1e-12  # a resample that is the sample in another order has the same r up to rounding
+    below = (np.count_nonzero(boot < r - ties) + np.count_nonzero(boot <= r + ties)) / (2 * max(len(boot), 1))
     deviation = each.mean() - each
     if not np.isfinite(each).all() or not 0 < below < 1 or not (deviation**2).sum() > 0:
         return None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 NEGLIGIBLE = 0.3  # |rho| below this is "practically none"
 FEWEST = 5  # models, in all or left by leaving a lineage out, below which nothing is concluded from r
+ROUNDING = 1e-12  # an r of 0 without a model keeps no sign, on whichever side of 0 rounding leaves it
 POOR = 0.7  # a reliability below this is mentioned
 
 
@@ -45,7 +46,7 @@ def _doubts(pair: Pair, family: int) -> list[str]:
         doubts.append("the interval holds zero")
     if pair.p_max_r >= ALPHA:
         doubts.append(f"p is {_p(pair.p_max_r)}{f' with all {family} pairs counted' if family > 1 else ''}")
-    turning = [model for model, other in pair.leave_one_out.items() if other is not None and other * r < 0]
+    turning = [model for model, other in pair.leave_one_out.items() if other is not None and other * r <= ROUNDING]
     if any(other is None for other in pair.leave_one_out.values()):
         doubts.append("leaving a model out leaves no correlation to look at")
     elif turning:
@@ -53,7 +54,7 @@ def _doubts(pair: Pair, family: int) -> list[str]:
         doubts.append(f"the sign turns without {' or '.join(turning[:3])}{others}")
     left = {name: cell for name, cell in pair.leave_one_lineage_out.items() if cell["r"] is not None}
     for name, cell in left.items():
-        if cell["n"] >= FEWEST and cell["r"] * r < 0 and name not in _alone(pair):
+        if cell["n"] >= FEWEST and cell["r"] * r <= ROUNDING and name not in _alone(pair):
             doubts.append(f"the sign turns without the {name} lineage (n {cell['n']})")
     return doubts
 

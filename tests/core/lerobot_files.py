@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 FPS, SIZE = 10, 32
+AV1 = next(name for name in ("libsvtav1", "libaom-av1") if name in av.codecs_available)  # PyAV's wheels differ
 NAMES = ["x", "y", "gripper"]
 
 

@@ -240,6 +240,16 @@ def test_as_prefix_the_query_changes_what_the_prompt_reads_as_suffix_it_does_not
     assert moved["suffix"] == 0.0 and moved["prefix"] > 1e-4
 
 
+def test_paligemma_reads_answers_and_the_query_as_suffix():
+    """Type 1, causal, as its processor marks a suffix; the prompt, and all of it when nothing follows, is prefix."""
+    model = member("paligemma")
+    asked = model.collate_answers(pictures(), TEXTS, ["red cube", "left"])
+    assert torch.equal(asked["token_type_ids"].bool(), asked["labels"] != -100)
+    acting = model.collate(pictures(), TEXTS)
+    assert torch.equal(acting["token_type_ids"].bool(), acting["input_ids"] == model.query_id)
+    assert not model.collate(pictures(), TEXTS, query=False)["token_type_ids"].any()
+
+
 def test_dropout_is_off_unless_asked_for():
     on, off = (tiny("kosmos2", options=BackboneOptions(dropout=kept)).train() for kept in (True, False))
     batch = off.collate(pictures(), TEXTS)

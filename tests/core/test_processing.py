@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from vlm4vla_core.backbone import Backbone, tiny
+from vlm4vla_core.families import families, family
 from vlm4vla_core.images import resize
 
 TEXTS = ["open the drawer", "put the small red cup on the plate"]
@@ -76,6 +77,27 @@ def test_resizing_equals_the_library_for_one_filter(name: str):
     model = tiny(name)
     theirs = own_image_processor(name, model)([[image] for image in pictures()], return_tensors="pt")
     assert_same_pixels(model.pixels(torch.from_numpy(resize(pictures(), SIZE))), theirs)
+
+
+def test_normalisation_and_sizes_are_the_published_ones():
+    """preprocessor_config.json of the models named, by the library's constants where it has them."""
+    from transformers import image_utils as library
+
+    clip = (library.OPENAI_CLIP_MEAN, library.OPENAI_CLIP_STD)
+    imagenet = (library.IMAGENET_DEFAULT_MEAN, library.IMAGENET_DEFAULT_STD)
+    half = (library.IMAGENET_STANDARD_MEAN, library.IMAGENET_STANDARD_STD)
+    expected = dict.fromkeys(families(), half)
+    expected |= {"qwen2_vl": clip, "qwen2_5_vl": clip, "kosmos2": clip, "internvl": imagenet}
+    for name, (mean, std) in expected.items():
+        assert (list(family(name).mean), list(family(name).std)) == (mean, std)
+    for name, module, patch, size, tokens in (
+        ("qwen2_5_vl", "qwen2_5_vl", 14, 224, 64),  # Qwen2.5-VL-3B: at least 3136 pixels
+        ("qwen3_vl", "qwen3_vl", 16, 256, 64),  # Qwen3-VL-2B: at least 65536 pixels
+    ):
+        config = transformers.AutoConfig.for_model(module)
+        assert config.vision_config.patch_size == patch
+        assert family(name).native_size(config) == size
+        assert family(name).geometry(config, size).tokens == tokens
 
 
 # --- combined processors: token ids too -----------------------------------------------------------------

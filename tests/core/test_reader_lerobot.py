@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from json_fuzz import changed
-from lerobot_files import FPS, NAMES, SIZE, grey, info, numbers, png, table, video, write_v2, write_v3
+from lerobot_files import AV1, FPS, NAMES, SIZE, grey, info, numbers, png, table, video, write_v2, write_v3
 
 from vlm4vla_core import images
 from vlm4vla_core.actions import BRIDGE, ActionConvention
@@ -351,12 +351,12 @@ V3_VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
 BINARY = [
     ("v2.1", "data/chunk-000/episode_000000.parquet", "mpeg4"),
     ("v2.1", V2_VIDEO, "libx264"),
-    ("v2.1", V2_VIDEO, "libsvtav1"),
+    ("v2.1", V2_VIDEO, AV1),
     ("v3.0", "meta/episodes/chunk-000/file-000.parquet", "mpeg4"),
     ("v3.0", "meta/tasks.parquet", "mpeg4"),
     ("v3.0", "data/chunk-000/file-000.parquet", "mpeg4"),
     ("v3.0", V3_VIDEO, "libx264"),
-    ("v3.0", V3_VIDEO, "libsvtav1"),
+    ("v3.0", V3_VIDEO, AV1),
 ]
 
 

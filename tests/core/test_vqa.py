@@ -136,31 +136,35 @@ def test_the_pixel_pointed_at_has_the_colour_that_was_asked_for(tabletop: Episod
 def test_relative_position_follows_from_the_recorded_places(tabletop: EpisodeStore):
     answers = set()
     for row, question, answer in ask(tabletop, "relative"):
-        name, first, second, other = re.match(
-            "Is the (.+) (left|in front) or (right|behind) of the (.+)\\?", question
+        name, first, other = re.match(
+            r"Is the (.+) (left or right of|in front of or behind) the (.+)\?", question
         ).groups()
         names = tabletop.episodes["objects"][tabletop.episode_of[row]].split(";")
         places = tabletop.column("truth/objects")[row].reshape(-1, 3)
-        axis = 0 if first == "left" else 1
+        axis, words = (0, ("left", "right")) if first.startswith("left") else (1, ("in front", "behind"))
         offset = places[names.index(name), axis] - places[names.index(other), axis]
         assert abs(offset) > CLEARLY
-        assert answer == (second if offset > 0 else first)
+        assert answer == words[int(offset > 0)]
         answers.add(answer)
     assert answers == {"left", "right", "in front", "behind"}
 
 
 def test_next_action_by_hand(tmp_path: Path):
-    """One episode of known motion: two steps right, three steps still with an opening gripper, then up to the end."""
-    action = np.zeros((9, 7), np.float32)
-    action[:2, 0], action[5:, 2] = 0.05, 0.05
-    action[4:, 6] = 1
-    state = np.zeros((9, 7), np.float32)
-    state[6:, 6] = 1
+    """Two steps right, seven still with the gripper opening in the last, then up to the end."""
+    action = np.zeros((15, 7), np.float32)
+    action[:2, 0], action[9:, 2] = 0.05, 0.05
+    action[8:, 6] = 1
+    state = np.zeros((15, 7), np.float32)
+    state[10:, 6] = 1
     episode = Episode(
-        "lift it", {"front": np.zeros((9, 16, 16, 3), np.uint8)}, state, action, columns={"truth/objects": state[:, :6]}
+        "lift it",
+        {"front": np.zeros((15, 16, 16, 3), np.uint8)},
+        state,
+        action,
+        columns={"truth/objects": state[:, :6]},
     )
     options = {"state_names": STATE, "column_names": {"truth/objects": OBJECTS}, "config": {}, "inputs": {}}
-    expected = ["move right"] * 2 + ["move up"] * 2 + ["open the gripper"] * 2 + ["move up"] * 3
+    expected = ["move right"] * 2 + ["stay"] * 4 + ["move up"] * 2 + ["open the gripper"] * 2 + ["move up"] * 5
     for convention, words in (
         (TABLETOP, expected),
         (BRIDGE, [w.replace("right", "along +x").replace("up", "along +z") for w in expected]),

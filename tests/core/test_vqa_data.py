@@ -145,6 +145,12 @@ def test_no_answer_breaks_the_parser(answer: str):
     assert found is None or (found.ndim == 2 and found.shape[1] == 2 and found.min() >= 0 and found.max() <= 1)
 
 
+def test_a_long_list_that_is_none_takes_no_time():
+    """Once a pattern with two ways to split each blank would try 4**40 of them."""
+    assert parse_points("[" + "(0.5, 0.5)   " * 40 + "x") is None
+    assert len(parse_points("[" + "(0.5, 0.5),   " * 40 + "]")) == 40
+
+
 GOOD = ROWS[0]
 
 
@@ -197,6 +203,9 @@ def test_damaged_files_and_pictures(root: Path, tmp_path: Path):
     (root / "a.jpg").write_bytes(b"\xff\xd8 no picture")
     with pytest.raises(InputError, match=r"a\.jpg cannot be read.*row 0"):
         check(data)
+    path.write_text("[]")
+    with pytest.raises(InputError, match=r"changed since it was opened.*row 0"):
+        data[0]
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl"])

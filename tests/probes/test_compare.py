@@ -59,7 +59,7 @@ def test_two_policies_by_hand():
     assert other.difference == -whole.difference and other.p == whole.p
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(st.integers(0, 10_000))
 def test_the_order_of_rows_and_the_numbering_of_seeds_do_not_matter(seed):
     rng = np.random.default_rng(seed)
@@ -86,6 +86,19 @@ def test_what_cannot_be_paired_is_left_out_and_listed():
     assert free.unpaired == {"A": {"turn": 2}} and any("different shares" in note for note in free.notes)
     with pytest.raises(InputError, match="no task in common"):
         compare(joined(rows("A", {"x": [1]}), rows("B", {"y": [1]})), paired=False)
+
+
+def test_a_state_is_known_by_what_all_rows_state():
+    """Without env_seed in one table the episode's number pairs them."""
+    both = joined(rows("A", A), rows("B", B).assign(env_seed=None))
+    assert compare(both, ["A", "B"]).differences[0].n == 12 and not compare(both, ["A", "B"]).unpaired
+
+
+def test_a_state_that_one_training_seed_lacks_is_left_out():
+    one, two = (rows("A", {"x": [1, 1, 0]}, train_seed=seed, run_id=str(seed)) for seed in (0, 1))
+    result = compare(joined(one, two.iloc[:2], rows("B", {"x": [0, 1, 0]})), ["A", "B"])
+    assert result.differences[0].n == 2 and result.differences[0].difference == pytest.approx(0.5)
+    assert result.unpaired == {"A": {"x": 1}, "B": {"x": 1}}
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vlm4vla_core.actions import CALVIN, ActionConvention
-from vlm4vla_core.episodes.checks import check_request, check_splits, numbers
+from vlm4vla_core.episodes.checks import check_request, check_splits, numbers, reason
 from vlm4vla_core.episodes.source import Skipped, Unit
 from vlm4vla_core.episodes.unpickle import load_npy
 from vlm4vla_core.episodes.writer import Episode
@@ -66,6 +66,7 @@ class CalvinSource:
     runs: dict[str, tuple[tuple[int, int], ...]]
     depth: bool
     format: str = "calvin"
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     convention: ActionConvention = CALVIN
     state_names: tuple[str, ...] = STATE
     cameras: tuple[str, ...] = ("rgb_static", "rgb_gripper")
@@ -79,10 +80,6 @@ class CalvinSource:
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         return {"rgb_static": (200, 200), "rgb_gripper": (84, 84)}
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        return {}
 
     def units(self, splits: tuple[str, ...]) -> list[Unit]:
         """Runs of annotations. A unit's files are the descriptions and the first frame of each of its annotations:
@@ -260,6 +257,5 @@ def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
     except KeyError:
         raise InputError(f"the frame has no '{key}'", where=path, fix="choose other cameras") from None
     except Exception as error:  # a damaged archive raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         place = f"'{key}' of the frame" if key else "the frame"
-        raise InputError(f"{place} cannot be read ({reason})", where=path, fix="fetch the file again") from None
+        raise InputError(f"{place} cannot be read ({reason(error)})", where=path, fix="fetch the file again") from None

@@ -71,6 +71,11 @@ def same_length(parts: Mapping[str, Any], where: str) -> int:
     return next(iter(lengths.values()))
 
 
+def reason(error: Exception) -> str:
+    """The first line of another library's error, or the name of its kind."""
+    return next(iter(str(error).strip("\"' ").splitlines()), "") or type(error).__name__
+
+
 def black_cameras(source: Source, splits: Iterable[str], cameras: Iterable[str], episodes: int = 8) -> tuple[str, ...]:
     """Those of the cameras that are black throughout `episodes` episodes, spread evenly over the units of these splits.
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm4vla_core.actions import ActionConvention
-from vlm4vla_core.episodes.checks import check_request, check_splits, numbers
+from vlm4vla_core.episodes.checks import check_request, check_splits, numbers, reason
 from vlm4vla_core.episodes.lerobot_meta import AGAIN, Description, Listed
 from vlm4vla_core.episodes.source import Skipped, Unit
 from vlm4vla_core.episodes.video import Frames
@@ -40,6 +40,7 @@ class LeRobotSource:
     convention: ActionConvention
     absent: tuple[str, ...]
     format: str = "lerobot"
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     transforms: tuple[str, ...] = ("none",)
     rendered: bool = False
 
@@ -66,10 +67,6 @@ class LeRobotSource:
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.about.ranges)
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        return {}
 
     def units(self, splits: tuple[str, ...]) -> list[Unit]:
         """Runs of episodes; their key holds where each is. Raises InputError on an unknown split."""
@@ -112,14 +109,13 @@ class LeRobotSource:
             if not path.is_file():
                 yield Skipped("listed but not there", f"{one.data}, {where}")
                 continue
-            features = {camera: self.about.cameras[camera] for camera in cameras}
-            pictures = {camera: key for camera, key in features.items() if key not in self.about.videos}
+            about = self.about
+            pictures = {camera: key for camera in cameras if (key := about.cameras[camera]) not in about.videos}
             table = self._table(path, one, tuple(pictures.values()))
             place = f"{path}, {where}"
-            action = numbers(
-                _vectors(table, self.about.action[0], place), self.convention.names, self.about.action[0], place
-            )
-            state = numbers(_vectors(table, self.about.state[0], place), self.state_names, self.about.state[0], place)
+            (action_key, _), (state_key, _) = about.action, about.state
+            action = numbers(_vectors(table, action_key, place), self.convention.names, action_key, place)
+            state = numbers(_vectors(table, state_key, place), self.state_names, state_key, place)
             times = self._times(table, place)
             task = one.task
             several = 0
@@ -134,12 +130,14 @@ class LeRobotSource:
             notes = {f"episodes without camera {camera}, which is declared": 1 for camera in self.absent}
             notes |= {"episodes with several tasks, of which the first was kept": 1} if several else {}
             shown: dict[str, Any] = {
-                camera: self._pictures(table, feature, place) for camera, feature in pictures.items()
+                camera: self._pictures(table, pictures[camera], place)
+                if camera in pictures
+                else self._frames(one, camera, times, place)
+                for camera in cameras
             }
-            shown |= {camera: self._frames(one, camera, times, place) for camera in cameras if camera not in pictures}
             yield Episode(
                 instruction=task,
-                images={camera: shown[camera] for camera in cameras},
+                images=shown,
                 state=state,
                 action=action,
                 split=unit.split,
@@ -153,23 +151,19 @@ class LeRobotSource:
         import pyarrow.parquet as pq
 
         place = f"{path}, episode {one.index}"
+        needed = (self.about.action[0], self.about.state[0], *pictures)
         optional = ("timestamp", "frame_index", "task_index")
         try:
             known = pq.read_schema(path).names
-            for name in (self.about.action[0], self.about.state[0], *pictures):
+            for name in needed:
                 if name not in known:
                     raise InputError(f"no column '{name}'", where=path, fix=nearest(name, known))
-            columns = [
-                self.about.action[0],
-                self.about.state[0],
-                *pictures,
-                *(name for name in optional if name in known),
-            ]
+            columns = [*needed, *(name for name in optional if name in known)]
             mine = [("episode_index", "=", one.index)] if self.about.major == 3 else None
             table = pq.read_table(path, columns=columns, filters=mine)
             table.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            raise InputError(f"cannot be read ({str(error).splitlines()[0]})", where=place, fix=AGAIN) from None
+            raise InputError(f"cannot be read ({reason(error)})", where=place, fix=AGAIN) from None
         if table.num_rows != one.length or not one.length:
             what = f"{table.num_rows} steps found, the list of episodes says {one.length}"
             raise InputError(what, where=place, fix=AGAIN)

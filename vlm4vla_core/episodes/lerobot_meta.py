@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlm4vla_core import folders
+from vlm4vla_core.episodes.checks import reason
 from vlm4vla_core.errors import InputError, nearest
 
 AGAIN = "fetch the file again"
@@ -216,7 +217,7 @@ def _read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, A
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise InputError(f"cannot be read ({str(error).splitlines()[0]})", where=path, fix=AGAIN) from None
+        raise InputError(f"cannot be read ({reason(error)})", where=path, fix=AGAIN) from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from vlm4vla_core import images
 from vlm4vla_core.actions import LIBERO, ActionConvention
-from vlm4vla_core.episodes.checks import check_request, check_splits, numbers, same_length
+from vlm4vla_core.episodes.checks import check_request, check_splits, numbers, reason, same_length
 from vlm4vla_core.episodes.source import Skipped, Unit
 from vlm4vla_core.episodes.transforms import no_ops
 from vlm4vla_core.episodes.writer import Episode
@@ -48,6 +48,7 @@ class LiberoSource:
     observations: str
     sizes: dict[str, tuple[int, int]]
     format: str = "libero"
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     convention: ActionConvention = LIBERO
     state_names: tuple[str, ...] = STATE
     splits: tuple[str, ...] = ("train",)
@@ -61,10 +62,6 @@ class LiberoSource:
     @property
     def cameras(self) -> tuple[str, ...]:
         return tuple(self.sizes)
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        return {}
 
     def units(self, splits: tuple[str, ...]) -> list[Unit]:
         """One unit per file. Raises InputError on an unknown split."""
@@ -95,8 +92,7 @@ class LiberoSource:
                     kept = kept[~no_ops(action)[late:]]
                 shown = {camera: parts[camera][()][kept] for camera in cameras}
             except (KeyError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-                reason = str(error).strip("\"'").splitlines()[0]
-                raise InputError(f"cannot be read ({reason})", where=f"{path}, {demo}", fix=_AGAIN) from None
+                raise InputError(f"cannot be read ({reason(error)})", where=f"{path}, {demo}", fix=_AGAIN) from None
             if not instruction:
                 yield Skipped("without language", where)
             elif not len(kept):
@@ -147,15 +143,14 @@ def _demos(path: Path) -> Iterator[tuple[str, h5py.Group, str]]:
     try:
         file = h5py.File(path)
     except OSError as error:
-        raise InputError(f"cannot be read as HDF5 ({str(error).splitlines()[0]})", where=path, fix=_AGAIN) from None
+        raise InputError(f"cannot be read as HDF5 ({reason(error)})", where=path, fix=_AGAIN) from None
     with file:
         try:
             data, told = file["data"], dict(file["data"].attrs)
             demos = sorted((name for name in data if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:]))
             instruction = _instruction(path, told)
         except (KeyError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = str(error).strip("\"'").splitlines()[0]
-            raise InputError(f"not a LIBERO file ({reason})", where=path, fix=_AGAIN) from None
+            raise InputError(f"not a LIBERO file ({reason(error)})", where=path, fix=_AGAIN) from None
         if int(told.get("num_demos", len(demos))) != len(demos):
             what = f"{len(demos)} demonstrations found, its num_demos says {told['num_demos']}"
             raise InputError(what, where=path, fix=_AGAIN)

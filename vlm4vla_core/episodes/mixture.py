@@ -96,5 +96,5 @@ def mix(
         fresh = ~np.isin(content, list(trained))  # (E,)
         val.append(held_out[fresh[store.episode_of[held_out]]])
         dropped += len(content) - len(np.unique(store.episode_of[train])) - len(np.unique(store.episode_of[val[-1]]))
-    given = tuple(float(weight) for weight in weights or [len(train) for train, _ in splits])
+    given = tuple(float(weight) for weight in ([len(train) for train, _ in splits] if weights is None else weights))
     return Mixture(tuple(stores), given, tuple(train for train, _ in splits), tuple(val), dropped)

@@ -9,7 +9,7 @@ black is looked at instead; episodes may lack language.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ class RldsSource:
     cameras: tuple[str, ...]
     shards: dict[str, tuple[tuple[Path, int], ...]]
     format: str = "rlds"
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -136,10 +137,6 @@ class RldsSource:
     @property
     def rendered(self) -> bool:
         return self.layout.rendered
-
-    @property
-    def columns(self) -> dict[str, tuple[str, ...]]:
-        return {}
 
     def units(self, splits: tuple[str, ...]) -> list[Unit]:
         """One unit per tfrecord file. Raises InputError on an unknown split."""

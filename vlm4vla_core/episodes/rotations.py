@@ -1,13 +1,14 @@
 """Rotations in the representations that robot data uses, exact both ways through rotation matrices (float64).
 
-- `euler_xyz`: roll, pitch, yaw (rad) about the fixed axes x, then y, then z: R = Rz Ry Rx, as Bridge, CALVIN and PyBullet.
+- `euler_xyz`: roll, pitch, yaw (rad) about the fixed axes x, then y, then z: R = Rz Ry Rx, as Bridge, CALVIN and
+  PyBullet.
 - `axis_angle`: the axis times the angle (rad), as LIBERO and robosuite.
 - `quaternion`: x, y, z, w; given back with w >= 0. MuJoCo writes w first.
 - `rot6d`: the first two columns of the matrix, one after the other (Zhou et al. 2019, arXiv 1812.07035). Some libraries
   write rows.
 
-Trap: a difference of Euler angles, which several data sets call a relative rotation, is not the rotation between the two
-poses. These functions take the numbers for what they are declared to be.
+Trap: a difference of Euler angles, which several data sets call a relative rotation, is not the rotation between the
+two poses. These functions take the numbers for what they are declared to be.
 """
 
 from __future__ import annotations

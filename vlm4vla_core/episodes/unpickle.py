@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vlm4vla_core.episodes.checks import reason
 from vlm4vla_core.errors import InputError
 
 
@@ -59,8 +60,9 @@ def load_npy(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror or error})", where=path) from None
     except Exception as error:  # see the module's trap
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"not a readable .npy file ({reason})", where=path, fix="fetch the file again") from None
+        raise InputError(
+            f"not a readable .npy file ({reason(error)})", where=path, fix="fetch the file again"
+        ) from None
     return array.item() if array.dtype.hasobject and array.shape == () else array
 
 

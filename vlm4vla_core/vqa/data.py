@@ -38,7 +38,7 @@ _LONGEST = 1 << 26  # characters of one JSON row; what is longer is a missing br
 _GAP = re.compile(r"[\s,]*")
 _NUMBER = r"\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*"
 _PAIR = re.compile(rf"\({_NUMBER},{_NUMBER}\)")
-_POINTS = re.compile(r"\[\s*(?:\([^()]*\)\s*,?\s*)+\]|^\s*\([^()]*\)\s*$")
+_POINTS = re.compile(r"\[\s*(?:\([^()]*\)[\s,]*)+\]|^\s*\([^()]*\)\s*$")
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,13 @@ class LlavaData:
             raise IndexError(f"row {index} of {self._count}")
         number = bisect_right(self._before, index) - 1
         where = f"{self.path}, row {number}"
-        with self.path.open("rb") as handle:
-            handle.seek(self._starts[number])
-            names, turns = _conversation(json.loads(handle.read(self._ends[number] - self._starts[number])), where)
+        try:
+            with self.path.open("rb") as handle:
+                handle.seek(self._starts[number])
+                value = json.loads(handle.read(self._ends[number] - self._starts[number]))
+        except (OSError, ValueError):
+            raise InputError("the file has changed since it was opened", where=where, fix="open it again") from None
+        names, turns = _conversation(value, where)
         turn = index - self._before[number]
         (question, answer), points = turns[turn], parse_points(turns[turn][1])
         load = partial(_load_files, [self.root / name for name in names], where)

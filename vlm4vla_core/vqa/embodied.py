@@ -34,6 +34,7 @@ _WORDS = {
     "y": ("near", "middle", "far"),
     "z": ("low", "middle", "high"),
 }
+_SIDES = ((0, "left or right of", ("left", "right")), (1, "in front of or behind", ("in front", "behind")))
 _WAYS = {"x": ("left", "right"), "y": ("back", "forward"), "z": ("down", "up")}
 
 
@@ -216,10 +217,10 @@ def _relative(scene: _Scene) -> Groups:
     made = []
     for name, place in scene.places().items():
         for other, reference in scene.places().items():
-            for axis, words in ((0, ("left", "right")), (1, ("in front", "behind"))):
+            for axis, ask, words in _SIDES:
                 offset = place[axis] - reference[axis]
                 if abs(offset) > CLEARLY:
-                    made.append((f"Is the {name} {words[0]} or {words[1]} of the {other}?", words[int(offset > 0)]))
+                    made.append((f"Is the {name} {ask} the {other}?", words[int(offset > 0)]))
     return [made]
 
 
@@ -238,12 +239,12 @@ def _next_action(scene: _Scene) -> Groups:
     from vlm4vla_core.episodes.sampling import action_chunks
 
     (chunk,), (mask,) = action_chunks(scene.store.action, scene.store.episode_of, np.array([scene.row]), AHEAD)
-    convention, motion = scene.store.convention, chunk[mask][:, :3].sum(0)
+    convention, motion = scene.store.convention, chunk[mask][:, :3].mean(0)
     to_open = abs(chunk[0, -1] - convention.gripper_open) < abs(chunk[0, -1] - convention.gripper_closed)
     axis = int(np.abs(motion).argmax())
     if scene.facts.halfway is not None and to_open != scene.is_open:
         answer = f"{'open' if to_open else 'close'} the gripper"
-    elif abs(motion[axis]) < scene.facts.stride:
+    elif abs(motion[axis]) < scene.facts.stride / (2 * AHEAD):  # less than half a usual step in all of them
         answer = "stay"
     else:
         way = int(motion[axis] > 0)

@@ -86,6 +86,32 @@ def pair_table(result: Correlation) -> pd.DataFrame:
     return frame.drop(columns="capability") if frame["capability"].nunique() == 1 else frame
 
 
+def noise_table(result: Correlation) -> pd.DataFrame:
+    """One row per pair: can the benchmark tell the models apart, and what r is when its noise is carried through."""
+    import pandas as pd
+
+    rows = []
+    for pair in result.pairs:
+        alike, known, corrected, mixed = pair.homogeneity, pair.reliability, pair.attenuated, pair.mixed.pooled
+        by_task = "" if known is None or known.stratified is None else f", by task {known.stratified:.2f}"
+        told = None if corrected.r is None or corrected.ci is None else f"{signed(corrected.r)} ({span(*corrected.ci)})"
+        rows.append(
+            {
+                "capability": pair.capability,
+                "benchmark": pair.benchmark,
+                "one rate for all, p": None if alike is None else f"{alike.p:.2g}",
+                "totals, shuffled p": None
+                if alike is None or alike.p_stratified is None
+                else f"{alike.p_stratified:.3f}",
+                "reliability": None if known is None else f"{known.pooled:.2f}{by_task}",
+                "r corrected for noise": told or f"refused: {corrected.refused}",
+                "log-odds per SD": None if mixed is None else f"{signed(mixed.slope)} ({span(*mixed.ci)})",
+            }
+        )
+    frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
+    return frame.drop(columns="capability") if frame["capability"].nunique() == 1 else frame
+
+
 def verdicts(result: Correlation) -> list[tuple[str, str]]:
     """(benchmark: verdict, the sentence that says why) of every pair."""
     return [(f"{pair.benchmark}: {pair.verdict}", f"{pair.why}.") for pair in result.pairs]
