@@ -159,7 +159,7 @@ def _record(args: Args, tasks: tuple[str, ...], config: dict[str, Any]) -> float
 def _film(args: Args) -> None:
     """The store's first episodes one after the other, each frame under its instruction."""
     from vlm4vla_core.episodes.store import EpisodeStore
-    from vlm4vla_core.video import captioned, write_video
+    from vlm4vla_core.film import captioned, write_video
 
     assert args.video is not None
     store = EpisodeStore.open(args.out)
