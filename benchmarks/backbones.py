@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "backbones.json"
 TEXTS = ["move left", "push the blue ball to the right side of the large table", "open the drawer", "take the red cube"]
 SIZES = {"tiny": 0.3, "mid": 100, "Qwen2.5-VL-3B": 3755, "Qwen3-VL-2B": 2128}
-CPU_PLAN = {"tiny": (16, 6), "mid": (2, 3)}  # batch, iterations after one to warm up
+CPU_PLAN = {"tiny": (16, 15), "mid": (2, 3)}  # batch, iterations after one to warm up
 GPU_PLAN = {"tiny": (4, 3), "Qwen2.5-VL-3B": (32, 20), "Qwen3-VL-2B": (32, 20)}
 
 
@@ -304,45 +304,46 @@ def main() -> None:
         print(json.dumps(measure(args.arm, args.size[0], device, args.gpu)))
         return
     names = args.size or (["Qwen2.5-VL-3B", "Qwen3-VL-2B"] if args.gpu else ["tiny", "mid"])
-    rows = []
     print(
         f"{'size':<15}{'arm':<17}{'step ms':>10}{'fwd+bwd ms':>12}{'infer ms':>10}"
         f"{'train GB':>10}{'infer GB':>10}{'MFU':>7}"
     )
     for size in names:
-        for arm in ARMS:
-            command = [sys.executable, __file__, "--arm", arm, "--size", size, "--device", device]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"} if device == "cpu" else dict(os.environ)
-            done = subprocess.run(
-                command + ["--gpu"] * args.gpu, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                sys.exit(f"{arm} at {size} failed:\n{done.stderr[-3000:]}")
-            row = json.loads(done.stdout.splitlines()[-1])
-            rows.append(row)
-            mfu = f"{row['mfu']:>7.2f}" if "mfu" in row else ""
-            print(
-                f"{size:<15}{arm:<17}{row['step_ms']:>10.1f}{row['forward_backward_ms']:>12.1f}{row['inference_ms']:>10.1f}"
-                f"{row['train_peak_gb']:>10.2f}{row['inference_peak_gb']:>10.2f}{mfu}"
-            )
-    ratios = {}
-    for size in names:
-        mine, theirs = (next(r for r in rows if r["size"] == size and r["arm"] == arm) for arm in ARMS)
+        rows = {arm: in_its_own_process(arm, size, device, args.gpu) for arm in ARMS}
         keys = ("step_ms", "forward_backward_ms", "inference_ms", "train_peak_gb", "inference_peak_gb")
-        ratios[size] = {key: round(theirs[key] / mine[key], 2) for key in keys}
-        print(f"{size}: straightforward / ours " + ", ".join(f"{key} {value}" for key, value in ratios[size].items()))
-    if str(args.out) == os.devnull:
-        return
-    part = "gpu" if args.gpu else "cpu"
-    whole = json.loads(args.out.read_text()) if args.out.is_file() else {"gpu": "not run"}
-    about = (
-        "CPU time of one thread, median; peak resident memory beyond the imported libraries"
-        if part == "cpu"
-        else "wall time, median"
+        ratios = {key: round(rows["straightforward"][key] / rows["ours"][key], 2) for key in keys}
+        print(f"{size}: straightforward / ours " + ", ".join(f"{key} {value}" for key, value in ratios.items()))
+        if str(args.out) != os.devnull:
+            write(args.out, "gpu" if args.gpu else "cpu", size, {**rows, "straightforward_over_ours": ratios}, device)
+
+
+def in_its_own_process(arm: str, size: str, device: str, fast: bool) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--arm", arm, "--size", size, "--device", device] + ["--gpu"] * fast
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if device == "cpu" else dict(os.environ)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{arm} at {size} failed:\n{done.stderr[-3000:]}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    mfu = f"{row['mfu']:>7.2f}" if "mfu" in row else ""
+    print(
+        f"{size:<15}{arm:<17}{row['step_ms']:>10.1f}{row['forward_backward_ms']:>12.1f}{row['inference_ms']:>10.1f}"
+        f"{row['train_peak_gb']:>10.2f}{row['inference_peak_gb']:>10.2f}{mfu}",
+        flush=True,
     )
+    return row
+
+
+def write(out: Path, part: str, size: str, result: dict[str, Any], device: str) -> None:
+    """Put one size's result beside those that are there."""
+    whole = json.loads(out.read_text()) if out.is_file() else {"cpu": "not run", "gpu": "not run"}
+    about = {
+        "cpu": "CPU time of one thread, median; peak resident memory beyond the imported libraries",
+        "gpu": "wall time, median; peak of the GPU's allocator",
+    }
     words = " ".join(["python", "benchmarks/backbones.py", *sys.argv[1:]])
-    whole[part] = {"about": about, "rows": rows, "straightforward_over_ours": ratios, "made_by": made_by(words, device)}
-    args.out.write_text(json.dumps(whole, indent=1) + "\n")
+    there = whole[part] if isinstance(whole[part], dict) else {"about": about[part]}
+    whole[part] = {**there, size: {**result, "made_by": made_by(words, device)}}
+    out.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -270,6 +270,7 @@ def _design(scores: Scores, b: int) -> dict[str, Any]:
     episodes = scores.episodes[:, b]
     tasks = {}
     if counts is not None:
+        episodes = np.where(np.isfinite(episodes), episodes, counts.episodes.sum(axis=1))
         for column, task in enumerate(counts.tasks):
             tasks[task] = sorted({int(n) for n in counts.episodes[:, column] if np.isfinite(n)})
     return {

@@ -125,7 +125,7 @@ def gather(
         units={name: _one(scores, name, "unit") for name in capabilities},
         selection={name: _one(totals, name, "selection") for name in benchmarks},
         unmatched=_unmatched(scores, totals, both, capabilities, benchmarks, x, y),
-        not_stated=_not_stated(scores, totals),
+        not_stated=_not_stated(scores, totals, counted=set(benchmarks) <= set(counts)),
     )
 
 
@@ -400,8 +400,11 @@ def _unmatched(
     return lacks
 
 
-def _not_stated(scores: pd.DataFrame, totals: pd.DataFrame) -> tuple[str, ...]:
-    """Optional columns that neither table fills: each one weakens what can be said."""
+def _not_stated(scores: pd.DataFrame, totals: pd.DataFrame, counted: bool) -> tuple[str, ...]:
+    """Optional columns that neither table fills: each one weakens what can be said.
+
+    counted: episode rows or tasks tell the successes and episodes of every benchmark.
+    """
 
     def filled(frame: pd.DataFrame, column: str) -> bool:
         if column not in frame:
@@ -409,7 +412,7 @@ def _not_stated(scores: pd.DataFrame, totals: pd.DataFrame) -> tuple[str, ...]:
         text = frame[column].dropna().astype(str).str.strip().str.lower()
         return bool((~text.isin(["", "unknown"])).any())
 
-    wanted = {
+    wanted: dict[str, tuple[pd.DataFrame, ...]] = {
         "lineage": (scores, totals),
         "successes": (totals,),
         "episodes": (totals,),
@@ -417,6 +420,8 @@ def _not_stated(scores: pd.DataFrame, totals: pd.DataFrame) -> tuple[str, ...]:
         "stderr": (scores,),
         "evaluator": (scores,),
     }
+    if counted:
+        del wanted["successes"], wanted["episodes"]
     return tuple(column for column, frames in wanted.items() if not any(filled(frame, column) for frame in frames))
 
 

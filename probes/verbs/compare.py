@@ -235,6 +235,8 @@ def _two(result: Comparison, percent: str) -> None:
     print()
     verb = {"higher": "does better than", "lower": "does worse than"}.get(whole.verdict())
     verdict = f"{whole.a} {verb} {whole.b}" if verb else f"undetermined: {whole.a} and {whole.b} are not told apart"
+    if any(len(policy.by_seed) > 1 for policy in result.policies):
+        verdict += ", as these checkpoints go"
     span = "" if whole.interval is None else f", {percent} {signed_span(whole.interval, 3)}"
     say(f"{verdict} (difference {whole.difference:+.3f}{span}; {whole.test}, p {p_value(whole.p)}).")
     if whole.training is not None:

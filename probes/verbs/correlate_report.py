@@ -165,13 +165,13 @@ def _correlations(result: Correlation) -> None:
         head = ("", "n", "Spearman", "Bonett-Wright", "exact p", "95 % BCa")
         rows = [(p.benchmark, str(p.n), *_estimate(p.spearman, p, "+.3f")) for p in pairs]
         print(columns(rows, head))
-    exact = all(pair.p_method == "exact" for pair in result.pairs)
-    kind = "all arrangements of the models" if exact else "random arrangements (± their own error)"
-    say(f"p over {kind}, two-sided: |r*| at least |r|.", "  ")
+    drawn = any(pair.p_method != "exact" for pair in result.pairs)
+    kind = " (above ten models random ones, ± their own error)" if drawn else ""
+    say(f"p over all arrangements of the models{kind}, two-sided: |r*| at least |r|.", "  ")
 
 
 def _estimate(found: Estimate, pair: Pair, form: str) -> tuple[str, ...]:
-    drawn = "" if pair.p_method == "exact" else f" ±{pair.p_stderr:.1g}"
+    drawn = "" if pair.p_method == "exact" or found is not pair.pearson else f" ±{pair.p_stderr:.1g}"
     bca = "–" if found.ci_bca is None else _span(found.ci_bca)
     return f"{found.r:{form}}", _span(found.ci_fisher), p_value(found.p_exact) + drawn, bca
 
@@ -192,7 +192,10 @@ def _influence(result: Correlation) -> None:
             for lineage, cell in pair.leave_one_lineage_out.items()
         ]
         rows.append((name(pair), *without, ", ".join(kin) or "–"))
-    print(columns(rows, ("leaving one out", "lowest r", "highest r", "without a lineage")))
+    if any(pair.leave_one_out_range() for pair in result.pairs):
+        print(columns(rows, ("leaving one out", "lowest r", "highest r", "without a lineage")))
+    else:
+        print("  leaving a model out leaves no correlation to look at")
     if not result.lineages:
         print("  lineages are not stated, so a contrast between model families is not ruled out")
         return

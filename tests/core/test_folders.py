@@ -163,3 +163,21 @@ def test_shipped_names_what_is_missing() -> None:
     assert folders.shipped("data/paper").is_dir()
     with pytest.raises(InputError, match="no/such"):
         folders.shipped("no/such")
+
+
+def test_work_of_dead_processes_is_swept_and_that_of_others_is_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f"7.{platform.node()}-{dead.pid}", f"7.{platform.node()}-1", "7.other-machine-99999", "7"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    folders.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_fingerprints_that_are_known_are_not_taken_again(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    manifest = folders.write_manifest(tmp_path, "thing", config={}, inputs={}, known={"a": "0123"})
+    assert manifest["files"]["a"]["sha256"] == "0123"
+    assert manifest["files"]["b"]["sha256"] == hashlib.sha256(b"b").hexdigest()[:16]

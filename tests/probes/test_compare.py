@@ -277,6 +277,23 @@ def test_verb_two_policies(capsys, files, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"f.pdf", "f.svg", "f.png", "r.json"}
 
 
+def test_verb_tells_chains_seeds_and_what_is_left_out(capsys, tmp_path):
+    parts = [rows("A", {"": [5, 4, 5, 3]}, "chain", train_seed=seed, run_id=f"a{seed}") for seed in (0, 1)]
+    parts += [rows("B", {"": [1, 0, 2, 3, 5]}, "chain", train_seed=seed, run_id=f"b{seed}") for seed in (0, 1)]
+    joined(*parts).to_csv(tmp_path / "r.csv", index=False)
+    assert main(["compare", "A", "B", "--episodes", str(tmp_path / "r.csv")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "4 chains: the same initial states",
+        "not paired, and left out: 2 episodes of B",
+        "A 4.250",
+        "share of chains with at least so many tasks done",
+        "as these checkpoints go (difference +2.750",
+        "A by training seed: seed 0 4.250, seed 1 4.250",
+    ):
+        assert words in text, words
+
+
 def test_verb_many_policies_from_parquet_and_csv(capsys, files, tmp_path):
     assert main(["compare", "--all", "--episodes", *files, "--plot", str(tmp_path / "f.png")]) == 0
     text = capsys.readouterr().out

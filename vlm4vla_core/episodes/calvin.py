@@ -168,7 +168,8 @@ def _of_scenes(annotations: tuple[Annotation, ...], scenes: Iterable[str], part:
     known = {annotation.scene for annotation in annotations}
     if "" in known:
         what = "no scene_info.npy says" if known == {""} else "scene_info.npy does not say for all frames"
-        raise InputError(f"{what} which scene they show", where=part / "scene_info.npy", fix="fetch the file")
+        fix = "fetch it, or give the other split alone"
+        raise InputError(f"{what} which scene they show", where=part / "scene_info.npy", fix=fix)
     for scene in scenes:
         if scene not in ("A", "B", "C", "D"):
             raise InputError(f"no scene '{scene}'", where=part, fix=nearest(scene, known))
