@@ -1,7 +1,7 @@
 """Films for people: frames under a line of text, written as MP4 (H.264) or GIF.
 
-Trap: H.264 in the form that every player shows halves the colour's resolution and wants even sizes; a film is for looking
-at, never for measuring.
+Trap: H.264 in the form that every player shows halves the colour's resolution and wants even sizes; a film is for
+looking at, never for measuring.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def captioned(frame: np.ndarray, text: str, *, scale_to: int = 224) -> np.ndarra
     from PIL import Image, ImageDraw, ImageFont
 
     factor = max(1, -(-scale_to // frame.shape[0]))
-    picture = Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), Image.Resampling.NEAREST)
+    picture = Image.fromarray(frame).resize(
+        (frame.shape[1] * factor, frame.shape[0] * factor), Image.Resampling.NEAREST
+    )
     sheet = Image.new("RGB", (picture.width, picture.height + _LINE), "white")
     sheet.paste(picture, (0, _LINE))
     draw, size = ImageDraw.Draw(sheet), 15

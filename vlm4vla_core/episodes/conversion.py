@@ -49,6 +49,11 @@ class Job:
         return self.partial / "parts" / f"{index:06d}.json"
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def partial_folder(out: Path) -> Path:
     """Where an unfinished conversion into `out` keeps what it has."""
     out = Path(out).resolve()

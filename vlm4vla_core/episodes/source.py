@@ -4,8 +4,8 @@ A unit is a file, or a run of episodes, small enough to be converted again after
 process. Units come in a fixed order and each yields its episodes in a fixed order, so a store has the same bytes
 however many workers wrote it.
 
-Trap: a source travels to worker processes, so it holds paths and numbers only; files, HDF5 handles and video containers are
-opened inside `episodes`, never kept.
+Trap: a source travels to worker processes, so it holds paths and numbers only; files, HDF5 handles and video containers
+are opened inside `episodes`, never kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An episode that was left out on purpose, counted in the store's account under `reason`; where: file and record."""
+    """An episode that was left out on purpose, counted in the store's account under `reason`; where: file and
+    record."""
 
     reason: str
     where: str

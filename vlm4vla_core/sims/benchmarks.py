@@ -1,8 +1,8 @@
 """Named, versioned protocols (`tabletop-abc-d@1`) and the batched environment that runs their episodes.
 
 A protocol fixes tasks, initial states, seeds, step limits, success rule, picture and action convention; `describe()`
-is written into every result. Three rehearse benchmarks of the field: `tabletop-abc-d@1` CALVIN ABC-D (chains of five in an
-unseen look), `tabletop-shift@1` SimplerEnv (trained on "real" pictures, tested on rendered ones), `tabletop-long@1`
+is written into every result. Three rehearse benchmarks of the field: `tabletop-abc-d@1` CALVIN ABC-D (chains of five in
+an unseen look), `tabletop-shift@1` SimplerEnv (trained on "real" pictures, tested on rendered ones), `tabletop-long@1`
 LIBERO-Long (ten long tasks).
 
 Trap: they are rehearsals in a built-in world; a number from them never bears the other benchmarks' names.
@@ -54,8 +54,8 @@ class Benchmark:
     """One protocol. `execute`: actions of a predicted chunk carried out before replanning, None for the whole chunk.
 
     image_size: pixels of the picture a policy gets. domains: looks that an episode's look is drawn from (by its seed).
-    train_domains: looks that demonstrations for this protocol may use. success_rule: `any_step` or `last_step`. held_out:
-    instructions in words that no demonstration uses.
+    train_domains: looks that demonstrations for this protocol may use. success_rule: `any_step` or `last_step`.
+    held_out: instructions in words that no demonstration uses.
     """
 
     name: str
@@ -142,25 +142,24 @@ def _describe(task: str, *, held_out: bool) -> dict[str, Any]:
     return {"success": family.rule, **limit, "templates": list(family.held_out if held_out else family.templates)}
 
 
-_LOOKS = {"domains": ("A", "B", "C"), "train_domains": ("A", "B", "C")}
-_UNSEEN = {"domains": ("D",), "train_domains": ("A", "B", "C")}
+_SEEN, _UNSEEN = ("A", "B", "C"), ("D",)
 PROTOCOLS: dict[str, Benchmark] = {
     bench.protocol: bench
     for bench in (
         Benchmark("tabletop-abc-d", 1, "chains of five instructions; looks A, B, C for training, unseen D for the test",
-                  tasks=(CHAIN_TASK,), **_UNSEEN),
+                  tasks=(CHAIN_TASK,), domains=_UNSEEN, train_domains=_SEEN),
         Benchmark("tabletop-abc", 1, "chains of five instructions, training and test in the looks A, B, C",
-                  tasks=(CHAIN_TASK,), **_LOOKS),
+                  tasks=(CHAIN_TASK,), domains=_SEEN, train_domains=_SEEN),
         Benchmark("tabletop-shift", 1, "training on degraded pictures with other textures, test on clean ones",
-                  tasks=CHAIN, domains=("A", "B", "C"), train_domains=("R", "S", "T")),
+                  tasks=CHAIN, domains=_SEEN, train_domains=("R", "S", "T")),
         Benchmark("tabletop-long", 1, "ten long tasks: several goals in one sentence, all of which have to hold",
-                  tasks=tuple(LONG), **_LOOKS),
+                  tasks=tuple(LONG), domains=_SEEN, train_domains=_SEEN),
         Benchmark("tabletop-tasks", 1, "single tasks; looks A, B, C for training, unseen D for the test",
-                  tasks=TASKS, **_UNSEEN),
+                  tasks=TASKS, domains=_UNSEEN, train_domains=_SEEN),
         Benchmark("tabletop-tasks-abc", 1, "single tasks, training and test in the looks A, B, C",
-                  tasks=TASKS, **_LOOKS),
+                  tasks=TASKS, domains=_SEEN, train_domains=_SEEN),
         Benchmark("tabletop-words", 1, "single tasks in words that no demonstration uses, in the looks A, B, C",
-                  tasks=TASKS, held_out=True, **_LOOKS),
+                  tasks=TASKS, held_out=True, domains=_SEEN, train_domains=_SEEN),
     )
 }  # fmt: skip
 

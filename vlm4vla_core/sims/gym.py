@@ -3,8 +3,8 @@
 The package registers it by an entry point, so that no import of ours is needed. One observation holds the picture, the
 hand's state and the instruction; the reward is 1 at the step at which the goal is reached, and the episode ends there.
 
-Trap: `reset(seed=…)` draws scenes that are neither evaluation nor recording seeds, so what is learnt or tuned here has not
-seen either; a protocol's episodes are run by `vlm4vla evaluate`.
+Trap: `reset(seed=…)` draws scenes that are neither evaluation nor recording seeds, so what is learnt or tuned here has
+not seen either; a protocol's episodes are run by `vlm4vla evaluate`.
 """
 
 from __future__ import annotations

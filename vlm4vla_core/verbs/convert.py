@@ -14,7 +14,6 @@ Example: vlm4vla convert rlds bridge_dataset/1.0.0 --out stores/bridge --cameras
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +113,6 @@ def run(args: Args) -> None:
         )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _convention(text: str) -> ActionConvention:
     """A convention by name or from a JSON file. Raises InputError on an unknown name and on wrong fields."""
     from vlm4vla_core import actions
@@ -184,7 +179,7 @@ def _convert(
         transform=transform,
         config=config,
         black=black,
-        workers=args.workers or _cores(),
+        workers=args.workers or conversion.cores(),
         shard=shard,
     )
     if account is None:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.progress import progress
+
+if TYPE_CHECKING:
+    from vlm4vla_core.episodes.store import EpisodeStore
+    from vlm4vla_core.sims.tabletop.demos import Demos
 
 _FILMED = 12  # episodes in a film
 
@@ -32,7 +35,8 @@ class Args:
     out: Path
     """Folder of the episode store to write."""
     tasks: tuple[str, ...] = ()
-    """Task families (move, touch, push, pick, put, stack, switch), long tasks by name, or chain; by default all families."""
+    """Task families (move, touch, push, pick, put, stack, switch), long tasks by name, or chain; all families when left
+    out."""
     domains: tuple[str, ...] = ("A", "B", "C")
     """Looks: A, B, C; D is the unseen test look of tabletop-abc-d; R, S, T are the degraded ones of tabletop-shift."""
     seed: int = 0
@@ -45,6 +49,8 @@ class Args:
     """Also record depth (mm, 16 bit) and segmentation."""
     noise: float = 0.3
     """Standard deviation of the noise on executed motions, as a fraction of the largest step."""
+    workers: int | None = None
+    """Processes; one per core by default. The store has the same bytes for any number."""
     video: Path | None = None
     """Also write the first demonstrations as a film for people to this file (.mp4 or .gif)."""
     json: Path | None = None
@@ -52,9 +58,13 @@ class Args:
 
 
 def run(args: Args) -> int:
+    from vlm4vla_core.episodes import conversion
+
     tasks, config = _check(args)
     rate = None
-    if folders.current(args.out, "episodes", config=config, inputs={}, name=folders.STORE_MANIFEST):
+    source = _source(args, tasks)
+    if conversion.up_to_date(args.out, source, source.units(source.splits), config):
+        conversion.tidy(args.out)
         print(f"{args.out} is up to date")
     else:
         folders.refuse_other(args.out, "episodes", name=folders.STORE_MANIFEST)
@@ -62,17 +72,20 @@ def run(args: Args) -> int:
     if args.video:
         _film(args)
     if args.json:
+        from vlm4vla_core.episodes.store import EpisodeStore
+
         manifest = folders.read_json(args.out / folders.STORE_MANIFEST)
-        wanted = ("source", "config", "counts", "cameras", "account", "fingerprint")
+        wanted = ("source", "config", "counts", "cameras", "fingerprint")
         summary = {"store": args.out, **{key: manifest[key] for key in wanted}, "frames_per_s": rate}
-        folders.write_json(args.json, summary)
+        folders.write_json(args.json, summary | {"account": _account(EpisodeStore.open(args.out))})
     return 0
 
 
 def _check(args: Args) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tasks to record and the config that decides the store's content. Raises InputError on bad values."""
-    from vlm4vla_core.sims.tabletop.looks import LOOKS
+    from vlm4vla_core.sims.benchmarks import SEED_RULE
     from vlm4vla_core.sims.tabletop.env import CHAIN_TASK
+    from vlm4vla_core.sims.tabletop.looks import LOOKS
     from vlm4vla_core.sims.tabletop.scenes import LONG
     from vlm4vla_core.sims.tabletop.tasks import TASKS
     from vlm4vla_core.sims.tabletop.world import VERSION
@@ -83,6 +96,8 @@ def _check(args: Args) -> tuple[tuple[str, ...], dict[str, Any]]:
         raise InputError(f"--size {args.size} is no picture size", fix="give pixels between 16 and 1024")
     if not 0 <= args.noise <= 1:
         raise InputError(f"--noise {args.noise} is not between 0 and 1")
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {args.workers}")
     if args.seed < 0:
         raise InputError(f"--seed must not be negative, got {args.seed}")
     known = (*TASKS, *LONG, CHAIN_TASK)
@@ -99,61 +114,60 @@ def _check(args: Args) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tasks, {
         "verb": "record tabletop", "world_version": VERSION, "episodes": args.episodes, "tasks": list(tasks),
         "domains": list(domains), "seed": args.seed, "size": args.size, "noise": args.noise,
-        "cameras": list(args.cameras), "geometry": args.geometry,
+        "cameras": list(args.cameras), "geometry": args.geometry, "seeds": SEED_RULE,
     }  # fmt: skip
+
+
+def _source(args: Args, tasks: tuple[str, ...]) -> Demos:
+    from vlm4vla_core.sims.tabletop.demos import Demos
+
+    return Demos(
+        args.episodes, tasks, args.domains, args.seed, args.size, args.noise, args.geometry, tuple(args.cameras)
+    )
 
 
 def _record(args: Args, tasks: tuple[str, ...], config: dict[str, Any]) -> float:
     """Make and write the demonstrations and print what came of them; returns frames per second."""
-    from vlm4vla_core.actions import TABLETOP
-    from vlm4vla_core.episodes.store import write_store
-    from vlm4vla_core.sims.benchmarks import SEED_RULE
-    from vlm4vla_core.sims.tabletop import demos
+    from vlm4vla_core.episodes import conversion
+    from vlm4vla_core.episodes.store import EpisodeStore
+    from vlm4vla_core.episodes.writer import Recipe
 
-    began = time.perf_counter()
-    plans = demos.plan(args.episodes, tasks, args.domains, args.seed)
-    reached = dict.fromkeys(tasks, 0)
-    parts, steps = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)  # a chain is an episode per part
-    with progress(total=len(plans), what="record", unit="episode") as bar:
-
-        def watched() -> Any:
-            for episode in demos.demonstrations(
-                plans, size=args.size, noise=args.noise, cameras=args.cameras, geometry=args.geometry
-            ):
-                parts[episode.info["task"]] += 1
-                steps[episode.info["task"]] += len(episode.action)
-                reached[episode.info["task"]] += episode.info["success"] == "true"
-                yield episode
-                bar.update()
-
-        made = write_store(
-            args.out,
-            watched(),
-            source="tabletop",
-            convention=TABLETOP,
-            state_names=demos.STATE_NAMES,
-            config=config,
-            inputs={},
-            transform="expert label, executed with noise",
-            jpeg_444=True,  # edges between saturated colours suffer from halved colour resolution
-            column_names=demos.COLUMN_NAMES,
-            provenance_note=f"scripted demonstrations in a built-in world; {SEED_RULE}",
-            account=lambda: {"demonstrations": parts, "goal_reached": reached},
-        )
+    began, source = time.perf_counter(), _source(args, tasks)
+    # Colour at full resolution: edges between saturated colours suffer from halved colour resolution.
+    recipe = Recipe(source.convention, source.state_names, full_colour=True, columns=source.columns)
+    _, frames = conversion.convert(
+        args.out,
+        source,
+        source.units(source.splits),
+        recipe,
+        cameras=source.cameras,
+        transform=source.transforms[0],
+        config=config,
+        workers=args.workers or conversion.cores(),
+    )
     seconds = time.perf_counter() - began
+    made = EpisodeStore.open(args.out)
+    told = _account(made)
     for task in tasks:
-        if parts[task]:
+        if count := told["demonstrations"].get(task, 0):
+            reached = f"goal reached in {told['goal_reached'][task]}"
             print(
-                f"  {task:<6} {parts[task]:5d} demonstrations, goal reached in {reached[task]}, "
-                f"{steps[task] / parts[task]:.1f} steps on average"
+                f"  {task:<6} {count:5d} demonstrations, {reached}, {told['steps'][task] / count:.1f} steps on average"
             )
     counts = made.manifest["counts"]
-    rate = counts["steps"] / seconds
     print(
         f"{args.out}: {counts['episodes']} episodes, {counts['steps']} frames, {counts['instructions']} instructions, "
-        f"domains {', '.join(args.domains)} in {seconds:.1f} s ({rate:.0f} frames/s)"
+        f"domains {', '.join(args.domains)} in {seconds:.1f} s ({frames / seconds:.0f} frames/s)"
     )
-    return rate
+    return frames / seconds
+
+
+def _account(store: EpisodeStore) -> dict[str, dict[str, int]]:
+    """Per task: demonstrations, those whose goal was reached, and steps. A chain has a demonstration per part."""
+    table = store.episodes
+    table = table.assign(reached=table["success"] == "true").groupby("task")
+    found = {"demonstrations": table.size(), "goal_reached": table["reached"].sum(), "steps": table["length"].sum()}
+    return {name: {str(task): int(value) for task, value in column.items()} for name, column in found.items()}
 
 
 def _film(args: Args) -> None:

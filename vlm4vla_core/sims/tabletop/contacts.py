@@ -29,7 +29,7 @@ class Scene:
 
     def move(self, delta: np.ndarray) -> None:
         """Move the hands by `delta` (n, 3) as far as they can go, with what they hold; push what is in the way."""
-        carried = _SLOTS == self.held[:, None]  # (n, SLOTS)
+        carried = self.held[:, None] == _SLOTS  # (n, SLOTS)
         below = np.where(carried, self.gripper[:, None, 2] - self.objects[..., 2] + self.half, 0.0).max(1)
         new = np.clip(self.gripper + delta, w.WORKSPACE_LOW, w.WORKSPACE_HIGH)
         new[:, 2] = np.maximum(new[:, 2], below)  # what is held stays above the table
@@ -57,7 +57,7 @@ class Scene:
         apart = np.where(reachable, length(offset), np.inf)
         closing = self.open & ~want_open & reachable.any(1)
         held = np.where(closing, apart.argmin(1), held)
-        taken = (_SLOTS == held[:, None]) & closing[:, None]
+        taken = (held[:, None] == _SLOTS) & closing[:, None]
         objects = self.objects.copy()
         objects[..., :2] = np.where(taken[..., None], self.gripper[:, None, :2], objects[..., :2])
         self.objects, self.open, self.held = objects, want_open.copy(), held
@@ -70,7 +70,8 @@ class Scene:
         return np.stack([self.knob, np.full(len(self.knob), w.SWITCH_Y)], 1)  # (n, 2)
 
     def _pusher(self, gripper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest point (n,) of the closed hand with what it holds, and its radius (n,); far below 0 for an open hand."""
+        """Lowest point (n,) of the closed hand with what it holds, and its radius (n,); far below 0 for an open
+        hand."""
         slot, rows = np.maximum(self.held, 0), np.arange(len(gripper))
         under = self.objects[rows, slot, 2] - self.half[rows, slot]
         bottom = np.where(self.held >= 0, under, gripper[:, 2] - w.TIP)
@@ -88,7 +89,7 @@ class Scene:
         """Push discs apart: the hand moves objects and the knob, objects move each other, the rail stops them, and the
         hand yields last. What stands on a pushed object goes with it."""
         bottom, radius = self._pusher(self.gripper)
-        lying = self.present & (_SLOTS != self.held[:, None])  # (n, SLOTS)
+        lying = self.present & (self.held[:, None] != _SLOTS)  # (n, SLOTS)
         top = self.objects[..., 2] + self.half
         pushed = lying & (bottom[:, None] < top - w.TOLERANCE) & (radius > 0)[:, None]
         turns = (bottom < w.KNOB_HEIGHT - w.TOLERANCE) & (radius > 0)
@@ -133,7 +134,7 @@ class Scene:
         away, missing = _contact(hand[:, :2], spot, radius + w.KNOB_RADIUS, turns)
         hand[:, :2] = np.clip(hand[:, :2] - away * missing, w.WORKSPACE_LOW[:2], w.WORKSPACE_HIGH[:2])
         yielded = hand - self.gripper[rows]
-        carried = _SLOTS == self.held[rows, None]
+        carried = self.held[rows, None] == _SLOTS
         discs = np.where(carried[..., None], discs + yielded[:, None], discs)
         discs = np.where(self.present[rows][..., None], discs, self.objects[rows])  # the rail holds only what is there
         self.gripper, self.objects, self.knob = self.gripper.copy(), self.objects.copy(), self.knob.copy()
@@ -169,7 +170,9 @@ class Scene:
         near_knob = length(xy - spot[:, None]) < w.KNOB_RADIUS + w.FOOTPRINT - w.TOLERANCE
         found |= (near_knob & lying & low).any(1)
         near = length(xy[:, _I] - xy[:, _J]) < 2 * w.FOOTPRINT - w.TOLERANCE  # (n, pairs)
-        near &= np.abs(self.objects[:, _I, 2] - self.objects[:, _J, 2]) < self.half[:, _I] + self.half[:, _J] - w.TOLERANCE
+        near &= (
+            np.abs(self.objects[:, _I, 2] - self.objects[:, _J, 2]) < self.half[:, _I] + self.half[:, _J] - w.TOLERANCE
+        )
         return found | (near & lying[:, _I] & lying[:, _J]).any(1)
 
     # --- falling
@@ -184,12 +187,12 @@ class Scene:
         slipped = (self.on >= 0) & (length(self.objects[..., :2] - base) > w.STACK_REACH)
         self.on = np.where(slipped, -1, self.on)
         high = self.objects[..., 2] > self.half + w.TOLERANCE
-        falling = self.present & (_SLOTS != self.held[:, None]) & (self.on < 0) & high
+        falling = self.present & (self.held[:, None] != _SLOTS) & (self.on < 0) & high
         rows = np.flatnonzero(falling.any(1))
         if not len(rows):
             return False
         objects, on, falling = self.objects[rows].copy(), self.on[rows].copy(), falling[rows]
-        half, kind, solid = self.half[rows], self.kind[rows], self.present[rows] & (_SLOTS != self.held[rows, None])
+        half, kind, solid = self.half[rows], self.kind[rows], self.present[rows] & (self.held[rows, None] != _SLOTS)
         for attempt in range(SLOTS + 1):
             for k in _SLOTS:
                 active = falling[:, k]
@@ -197,7 +200,7 @@ class Scene:
                     continue
                 top = objects[..., 2] + half  # (r, SLOTS)
                 under = objects[:, k, 2] - half[:, k]
-                beneath = solid & ~falling & (_SLOTS != k) & (top <= under[:, None] + w.TOLERANCE)
+                beneath = solid & ~falling & (k != _SLOTS) & (top <= under[:, None] + w.TOLERANCE)
                 apart = length(objects[..., :2] - objects[:, None, k, :2])
                 beneath &= apart < 2 * w.FOOTPRINT - w.TOLERANCE
                 top = np.where(beneath, top, -1.0)

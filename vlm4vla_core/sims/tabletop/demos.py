@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm4vla_core.episodes.store import Episode
+from vlm4vla_core.actions import TABLETOP, ActionConvention
+from vlm4vla_core.episodes.source import Unit
+from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.sims.benchmarks import recording_seed
 from vlm4vla_core.sims.tabletop import tasks as families
 from vlm4vla_core.sims.tabletop import world
@@ -55,14 +59,54 @@ def plan(episodes: int, tasks: Sequence[str], domains: Sequence[str], seed: int)
     return plans
 
 
+@dataclass(frozen=True)
+class Demos:
+    """A recording as a source of episodes (see `episodes.source.Source`): made by many processes, resumable.
+
+    Units are runs of `_TOGETHER` demonstrations; nothing is read from files.
+    """
+
+    episodes_: int
+    tasks: tuple[str, ...]
+    domains: tuple[str, ...]
+    seed: int
+    size: int
+    noise: float
+    geometry: bool = False
+    cameras: tuple[str, ...] = ("front",)
+    format: str = "tabletop"
+    name: str = "tabletop"
+    folder: Path = Path()
+    convention: ActionConvention = TABLETOP
+    state_names: tuple[str, ...] = STATE_NAMES
+    splits: tuple[str, ...] = ("train",)
+    transforms: tuple[str, ...] = ("expert label, executed with noise",)
+    rendered: bool = True
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        return COLUMN_NAMES
+
+    def units(self, splits: tuple[str, ...]) -> list[Unit]:
+        """Demonstrations first…last-1 of the recording, run by run."""
+        bounds = [*range(0, self.episodes_, _TOGETHER), self.episodes_]
+        return [Unit(f"{a:06d}", "train", (), (a, b)) for a, b in pairwise(bounds)]
+
+    def episodes(self, unit: Unit, cameras: tuple[str, ...], transform: str) -> Iterator[Episode]:
+        """The unit's demonstrations."""
+        first, last = (int(value) for value in unit.key)
+        plans = plan(self.episodes_, self.tasks, self.domains, self.seed)[first:last]
+        yield from demonstrations(plans, size=self.size, noise=self.noise, cameras=cameras, geometry=self.geometry)
+
+
 def demonstrations(
     plans: Sequence[Plan], *, size: int, noise: float, cameras: Sequence[str] = ("front",), geometry: bool = False
 ) -> Iterator[Episode]:
     """Make the planned demonstrations, each until its goal is reached or its step limit; a chain gives one episode for
     every part of it that was begun.
 
-    noise: standard deviation of each motion's noise as a fraction of the largest step. size: picture size. geometry: also
-    depth (mm) and segmentation. An episode depends on its plan and these arguments only. Labels are float32 in the
+    noise: standard deviation of each motion's noise as a fraction of the largest step. size: picture size. geometry:
+    also depth (mm) and segmentation. An episode depends on its plan and these arguments only. Labels are float32 in the
     `TABLETOP` convention.
     """
     for first in range(0, len(plans), _TOGETHER):

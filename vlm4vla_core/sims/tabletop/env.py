@@ -1,10 +1,10 @@
 """Episodes of the tabletop world, many at once: what is asked, how far it has come, and what the camera shows.
 
-A single or long task is done when all of its asks hold. A chain asks five things one after the other; each has its family's
-step limit, and the first that is not done in time ends the chain (as in CALVIN).
+A single or long task is done when all of its asks hold. A chain asks five things one after the other; each has its
+family's step limit, and the first that is not done in time ends the chain (as in CALVIN).
 
-Trap: an episode's outcome depends only on its task, its seed and its actions, never on the batch. `renewed` says in which
-worlds the words have just changed: whoever plays out a chunk of actions has to look again there.
+Trap: an episode's outcome depends only on its task, its seed and its actions, never on the batch. `renewed` says in
+which worlds the words have just changed: whoever plays out a chunk of actions has to look again there.
 """
 
 from __future__ import annotations

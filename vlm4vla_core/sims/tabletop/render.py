@@ -21,7 +21,7 @@ import numpy as np
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.looks import FLOOR, LOOKS, TABLE, TABLE_THICKNESS, Camera, Look, pattern
-from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, PLATES, SLOTS, State
+from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, PLATES, State
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +67,9 @@ def render(
 ) -> Picture:
     """Pictures of n worlds by one camera of each world's domain.
 
-    camera: "front" (fixed, one per domain) or "wrist". samples: rays per pixel along each side, averaged. geometry: also
-    depth and segmentation (one ray through the pixel centre). hand: draw the gripper and its shadow.
-    Raises InputError on an unknown domain or camera.
+    camera: "front" (fixed, one per domain) or "wrist". samples: rays per pixel along each side, averaged. geometry:
+    also depth and segmentation (one ray through the pixel centre). hand: draw the gripper and its shadow. Raises
+    InputError on an unknown domain or camera.
     """
     import torch
 

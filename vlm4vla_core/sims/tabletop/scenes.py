@@ -1,7 +1,7 @@
 """Initial scenes, and which asks follow each other: single tasks, chains and long tasks.
 
-Everything here is a pure function of (task, seed) and, within a chain, of the world's own state: an episode is fixed by its
-task, its seed and the actions taken.
+Everything here is a pure function of (task, seed) and, within a chain, of the world's own state: an episode is fixed by
+its task, its seed and the actions taken.
 
 Trap: the next ask of a chain is drawn from the state that the last one ended in, so two policies may be asked different
 things from the second ask on. What is asked first, and every long task, is the same for all.
@@ -139,10 +139,7 @@ def chain_ask(state: State, seed: int, place: int, *, held_out: bool = False) ->
     """
     rng = _rng("ask", seed, place)
     count = int((state.kind[0] >= 0).sum())
-    options = {
-        family: [ask for ask in all_asks(family, count, PLATES) if fits(state, ask)]
-        for family in CHAIN
-    }
+    options = {family: [ask for ask in all_asks(family, count, PLATES) if fits(state, ask)] for family in CHAIN}
     families = [family for family, asks in options.items() if asks]
     asks = options[families[rng.integers(len(families))]] if families else list(all_asks("touch", count, PLATES))
     ask = asks[rng.integers(len(asks))]

@@ -1,7 +1,7 @@
 """A worse camera: exposure, colour cast, blur and noise on rendered pictures, as a stand-in for "real" ones.
 
-Trap: what is drawn is a function of (seed, step) alone: exposure, cast and blur belong to the episode, noise to the step. So
-a degraded picture is the same in any batch, and again after a resume.
+Trap: what is drawn is a function of (seed, step) alone: exposure, cast and blur belong to the episode, noise to the
+step. So a degraded picture is the same in any batch, and again after a resume.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 @dataclass(frozen=True)
 class Sensor:
     """exposure: largest change of brightness in stops. cast: standard deviation of each channel's gain. blur: largest
-    standard deviation of the blur, in units of 1/100 of the picture's width. noise: standard deviation, in grey levels."""
+    standard deviation of the blur, in units of 1/100 of the picture's width. noise: standard deviation, in grey
+    levels."""
 
     exposure: float
     cast: float

@@ -1,8 +1,8 @@
 """Task families of the tabletop world: what can be asked, in which words, and when it is done.
 
 A family is one `Family` entry: templates and held-out paraphrases, a step limit, when it fits a scene, and a vectorised
-success test. An `Ask` is one request in one scene ("push object 2 left"); `goals` turns asks into the arrays that success
-test and expert read.
+success test. An `Ask` is one request in one scene ("push object 2 left"); `goals` turns asks into the arrays that
+success test and expert read.
 
 Trap: directions are the camera's: left and right as the viewer sees them, forward is away from the viewer.
 """
@@ -104,8 +104,8 @@ class Family:
     """One kind of task. In a template `{o}` is the object, `{p}` the plate or base, `{d}` a phrase for the direction.
 
     held_out: paraphrases that no demonstration uses. needs: what an ask names: "nothing", "object", "plate" (object and
-    plate) or "base" (object and the one below). directions: those that can be asked for. fits: see `fits`, apart from what
-    the hand holds. reached: (n,) bool success of worlds that all belong to this family.
+    plate) or "base" (object and the one below). directions: those that can be asked for. fits: see `fits`, apart from
+    what the hand holds. reached: (n,) bool success of worlds that all belong to this family.
     """
 
     templates: tuple[str, ...]

@@ -3,8 +3,8 @@
 A two-finger gripper with four degrees of freedom (x, y, z, yaw) over a table with up to four objects, which are
 upright discs to the physics, two flat plates, and a switch: a knob on a rail at the back, right is on. The hand can
 grasp, carry, place and stack; with its fingers closed it pushes objects and the knob. Objects push each other; what is
-let go, or loses its support, falls onto the flat top below it or onto the table. Left out: velocities, tipping, roll and
-pitch (these two action numbers are ignored), and collisions of an open hand.
+let go, or loses its support, falls onto the flat top below it or onto the table. Left out: velocities, tipping, roll
+and pitch (these two action numbers are ignored), and collisions of an open hand.
 
 Trap: every operation is elementwise over worlds, written without reductions over the batch, so that a world's
 future depends only on its own state and actions, never on the batch that it is stepped in.
