@@ -79,7 +79,7 @@ class Tabletop(gymnasium.Env):
         success = bool(outcome["success"])
         return self._observation(), reward, ended and success, ended and not success, outcome
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """The camera's picture, uint8 (H, W, 3)."""
         return self._picture() if self.render_mode == "rgb_array" else None
 

@@ -150,10 +150,8 @@ def _record(args: Args, tasks: tuple[str, ...], config: dict[str, Any]) -> float
     told = _account(made)
     for task in tasks:
         if count := told["demonstrations"].get(task, 0):
-            reached = f"goal reached in {told['goal_reached'][task]}"
-            print(
-                f"  {task:<6} {count:5d} demonstrations, {reached}, {told['steps'][task] / count:.1f} steps on average"
-            )
+            reached, mean = f"goal reached in {told['goal_reached'][task]}", told["steps"][task] / count
+            print(f"  {task:<6} {count:5d} demonstrations, {reached}, {mean:.1f} steps on average")
     counts = made.manifest["counts"]
     print(
         f"{args.out}: {counts['episodes']} episodes, {counts['steps']} frames, {counts['instructions']} instructions, "

@@ -137,7 +137,7 @@ def _together(
     while env.running.any():
         label = env.expert()
         asked = [(env.instructions[i], _ask(env, i)) for i in range(env.n)]
-        done, was = env.done.copy(), np.flatnonzero(env.running)
+        done, was = env.done.copy(), np.flatnonzero(env.running).tolist()
         action = label + np.stack([disturbance[i][min(env.steps[i], len(disturbance[i]) - 1)] for i in range(env.n)])
         action[:, 6] = np.abs(label[:, 6] - (action - label)[:, 6])  # 1 flips the command
         for i in was:
@@ -152,8 +152,8 @@ def _together(
     lengths = [len(one) for one in labels]
     domains = [item.domain for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
     seeds = [item.seed for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
-    steps = [t for length in lengths for t in range(length)]
-    shown = {camera: pictures(every, domains, size, seeds, steps, camera) for camera in cameras}  # (F, size, size, 3)
+    moments = [t for length in lengths for t in range(length)]
+    shown = {camera: pictures(every, domains, size, seeds, moments, camera) for camera in cameras}  # (F, size, size, 3)
     depth, segmentation = _geometry(every, domains, size, cameras) if geometry else ({}, {})
     columns, proprioception = _truth(every), world.proprioception(every)
     actions = np.concatenate([np.stack(one) for one in labels]).astype(np.float32)

@@ -74,7 +74,7 @@ class BatchedEnv:
         """Pictures (len(rows), H, W, 3) uint8 by one camera; all worlds when `rows` is None."""
         chosen = np.arange(self.n) if rows is None else np.asarray(rows)
         domains, seeds = [self.domains[row] for row in chosen], [self.seeds[row] for row in chosen]
-        return pictures(self.state[chosen], domains, self.image_size, seeds, self.steps[chosen], camera)
+        return pictures(self.state[chosen], domains, self.image_size, seeds, self.steps[chosen].tolist(), camera)
 
     def step(self, actions: np.ndarray) -> None:
         """Carry out one action (n, A) per world. Raises InputError on a wrong shape, NaN or infinity."""

@@ -440,7 +440,7 @@ def _bounds(corners: np.ndarray, rows: np.ndarray, scene: _Scene) -> tuple[np.nd
     size = scene.size
     spot, depth = scene.lens.project(corners, rows)
     # A shape that reaches behind the camera's plane may cover anything.
-    near = (depth < 0.01).any(1)[:, None]
+    near = np.asarray((depth < 0.01).any(1))[:, None]
     low, high = np.where(near, 0.0, spot.min(1) * size), np.where(near, size, spot.max(1) * size)
     first = np.clip(np.floor(low - 0.5), 0, size - 1).astype(int)
     return first, np.clip(np.ceil(high - 0.5), 0, size - 1).astype(int)
