@@ -36,7 +36,7 @@ def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.
     assert main([*command, "--json", str(tmp_path / "c.json")]) == 0
     text = capsys.readouterr().out
     assert "3 episodes, 12 steps, 2 instructions, cameras image_0 (" in text
-    assert "black everywhere and left out: image_1" in text
+    assert "black everywhere and left out: image_1" in text and "in up to 64 episodes" in text
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["counts"] == {"episodes": 3, "steps": 12, "instructions": 2}
     assert told["account"]["black_cameras"] == ["image_1"]
