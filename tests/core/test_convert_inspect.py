@@ -75,6 +75,20 @@ def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.
     assert len(report["dimensions"]) == 14
 
 
+def test_a_store_of_a_newer_version_is_refused_and_never_replaced(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "store"
+    assert main(["convert", "rlds", str(source), "--out", str(out)]) == 0
+    manifest = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps(manifest | {"version": manifest["version"] + 1, "config": {}}))
+    capsys.readouterr()
+    for command in (["inspect", str(out)], ["convert", "rlds", str(source), "--out", str(out)]):
+        assert main(command) == 2
+        assert "written by a newer vlm4vla (format 3, this one reads 2)" in one_line(capsys)
+    assert json.loads((out / "dataset.json").read_text())["version"] == 3
+
+
 def test_transform_and_cameras_can_be_chosen(source: Path, tmp_path: Path):
     out = tmp_path / "raw"
     command = ["convert", "rlds", str(source), "--out", str(out), "--transform", "none", "--cameras", "image_0"]
