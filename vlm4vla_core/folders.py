@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 _NEWER = {"episodes": 2}  # kinds whose format has changed since; older ones are still read
 MANIFEST = "manifest.json"
 STORE_MANIFEST = "dataset.json"  # what an episode store calls its manifest
+_UPDATE = "update vlm4vla"
 # What a manifest's kind is called in messages.
 _THINGS = {"episodes": "episode store", "features": "features folder", "rollouts": "rollouts folder"}
 _VERSIONED = ("vlm4vla", "torch", "transformers", "numpy", "pandas", "pyarrow", "scipy")
@@ -207,7 +208,7 @@ def read_manifest(
         raise InputError(
             f"written by a newer vlm4vla (format {manifest['version']}, this one reads {format_version(kind)})",
             where=path,
-            fix="update vlm4vla",
+            fix=_UPDATE,
         )
     for relative, entry in manifest["files"].items():
         target = folder / relative
@@ -252,11 +253,14 @@ def check_replaceable(folder: Path, kind: str) -> None:
 def refuse_other(folder: Path, kind: str, *, name: str = MANIFEST) -> None:
     """Raise InputError when `folder` holds a whole product of this kind, to be called when it is not the wanted one.
 
-    For what took long to make (stores): a damaged one may be replaced, a good one with other settings may not.
+    For what took long to make (stores): a damaged one may be replaced, a good one with other settings or of a newer
+    version may not.
     """
     try:
         read_manifest(folder, kind, name=name)
-    except InputError:
+    except InputError as error:
+        if error.fix == _UPDATE:
+            raise
         return
     what = f"this folder holds a {_THINGS.get(kind, kind)} made with other settings or from other inputs"
     raise InputError(what, where=folder, fix="give another --out, or remove it")

@@ -147,17 +147,17 @@ class VLAPolicy(nn.Module):
         """Compile each vision block and decoder layer for itself, in place: one graph serves all of a kind.
 
         Names and values of weights stay. Give batches one length (`pad_to`), or every new one compiles anew.
-        options: of `torch.compile`. Needs a C compiler on the CPU, Triton on a GPU."""
+        options: of `torch.compile`, beside dynamic=False. Needs a C compiler on the CPU, Triton on a GPU."""
         from vlm4vla_core.windows import one_call_per_layer
 
-        base, spec = self.backbone.base, self.backbone.spec
+        base, spec, settings = self.backbone.base, self.backbone.spec, {"dynamic": False, **options}
         whole = one_call_per_layer(self.backbone)  # elsewhere the library hooks into vision blocks, which parts graphs
         # Layers of all kinds share one count of graphs in torch, and its limit of 8 would stop a validation.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in base.get_submodule(spec.blocks):
-            block.compile(fullgraph=whole, **options)
+            block.compile(fullgraph=whole, **settings)
         for layer in base.get_submodule(spec.layers):
-            layer.compile(fullgraph=True, **options)
+            layer.compile(fullgraph=True, **settings)
 
     def _inputs(self, images: np.ndarray, instructions: Sequence[str]) -> dict[str, Tensor]:
         """The backbone's batch, padded to the fixed length if there is one."""

@@ -146,6 +146,8 @@ def other_version(folder: Path) -> None:
     [
         (lambda f: (f / "manifest.json").unlink(), False, r"has no manifest\.json, so it is no finished checkpoint"),
         (lambda f: shutil.rmtree(f), False, "no such checkpoint or run"),
+        (lambda f: (f / "model.safetensors").unlink(), False, "model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), False, "config.json"),
         (damage_weights, False, "bytes, the manifest says"),
         (garble, True, "not a whole safetensors file"),
         (drop_weight, True, r"1 weights missing: backbone\.query"),

@@ -36,7 +36,7 @@ def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.
     assert main([*command, "--json", str(tmp_path / "c.json")]) == 0
     text = capsys.readouterr().out
     assert "3 episodes, 12 steps, 2 instructions, cameras image_0 (" in text
-    assert "black everywhere and left out: image_1" in text
+    assert "black everywhere and left out: image_1" in text and "in up to 64 episodes" in text
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["counts"] == {"episodes": 3, "steps": 12, "instructions": 2}
     assert told["account"]["black_cameras"] == ["image_1"]
@@ -73,6 +73,20 @@ def test_convert_inspect_and_again(source: Path, tmp_path: Path, capsys: pytest.
     report = json.loads((tmp_path / "i.json").read_text())
     assert report["steps"] == 4
     assert len(report["dimensions"]) == 14
+
+
+def test_a_store_of_a_newer_version_is_refused_and_never_replaced(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "store"
+    assert main(["convert", "rlds", str(source), "--out", str(out)]) == 0
+    manifest = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps(manifest | {"version": manifest["version"] + 1, "config": {}}))
+    capsys.readouterr()
+    for command in (["inspect", str(out)], ["convert", "rlds", str(source), "--out", str(out)]):
+        assert main(command) == 2
+        assert "written by a newer vlm4vla (format 3, this one reads 2)" in one_line(capsys)
+    assert json.loads((out / "dataset.json").read_text())["version"] == 3
 
 
 def test_transform_and_cameras_can_be_chosen(source: Path, tmp_path: Path):

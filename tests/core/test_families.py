@@ -81,6 +81,26 @@ def test_the_paper_preset_keeps_what_is_left_of_the_contract(name: str):
     check_backbone(model)
 
 
+@pytest.mark.parametrize("name", ["smolvlm", "llava_onevision", "paligemma"])
+def test_a_tower_may_drop_pixels_at_the_edge(name: str):
+    """As SigLIP's 384 px by 14 in SmolVLM (81 tokens) and LLaVA-OneVision (27 x 27, twice, and 27 newlines)."""
+    model = tiny(name, seed=1, image_size=118)
+    assert model.geometry.grid == 8
+    check_backbone(model)
+    sizes = {"smolvlm": (3, 81), "llava_onevision": (None, 1485), "paligemma": (None, 729)}
+    config = copy.deepcopy(model.base.config)
+    config.vision_config.image_size = 384
+    config.image_grid_pinpoints = [[384, 384]]
+    config.scale_factor, tokens = sizes[name]
+    assert model.spec.native_size(config) == 384 and model.spec.geometry(config, 384).tokens == tokens
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
+def test_an_image_that_does_not_divide_into_patches_is_refused(name: str):
+    with pytest.raises(InputError, match="image size 57 does not divide"):
+        tiny(name, image_size=57)
+
+
 @pytest.mark.parametrize("name", ["paligemma", "kosmos2", "qwen3_5"])
 def test_several_queries_left_padding_and_frozen_parts(name: str):
     model = tiny(name, seed=2, options=BackboneOptions(n_queries=3))

@@ -74,6 +74,21 @@ def test_interval_without_noise_is_the_exact_one_of_a_correlation():
     assert found == pytest.approx(exact, abs=0.02)
 
 
+@pytest.mark.parametrize(("r", "performance", "capability"), [(0.5, 0.7, None), (-0.6, 0.8, 0.9)])
+def test_interval_equals_a_literal_draw_of_covariance_matrices(r, performance, capability):
+    """Matrix by matrix: S = K K', Wishart = T T', Sigma = (K T^-1)(K T^-1)', noise off its diagonal, then r of that."""
+    n = 20
+    scatter = np.linalg.cholesky((n - 1) * np.array([[1, r], [r, 1]]))
+    wishart = stats.wishart(n - 1, np.eye(2)).rvs(40_000, random_state=5)
+    factor = scatter @ np.linalg.inv(np.linalg.cholesky(wishart))
+    clean = factor @ factor.swapaxes(1, 2) - np.diag([1 - performance, 0 if capability is None else 1 - capability])
+    kept = (clean[:, 0, 0] > 0) & (clean[:, 1, 1] > 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        draws = np.where(kept, clean[:, 0, 1] / np.sqrt(clean[:, 0, 0] * clean[:, 1, 1]), np.sign(clean[:, 0, 1]) * 9)
+    expected = np.clip(np.quantile(draws, [0.025, 0.975]), -1, 1)
+    assert attenuation.interval(r, n, performance, capability) == pytest.approx(expected, abs=0.015)
+
+
 def test_capability_stderr_corrects_both_sides():
     rng = np.random.default_rng(0)
     x = rng.normal(size=12)
@@ -126,13 +141,14 @@ def states_table(seed, models=4, states=12, effect=0.0):
 
 
 def test_shuffling_within_states_equals_enumeration():
-    outcomes = states_table(1, models=3, states=5)[..., 0]
+    outcomes = states_table(0, models=3, states=5, effect=1.5)[..., 0]
     observed, hits, total = outcomes.sum(axis=1).var(), 0, 0
     for orders in itertools.product(itertools.permutations(range(3)), repeat=5):
         mixed_up = np.array([outcomes[list(order), state] for state, order in enumerate(orders)])
         hits += mixed_up.sum(axis=0).var() >= observed - 1e-9
         total += 1
     found = homogeneity._shuffled_within_states([outcomes[..., None]], seed=0)
+    assert 0.02 < hits / total < 0.7  # neither end would show whether anything was shuffled
     assert found == pytest.approx(hits / total, abs=4 * np.sqrt(0.25 / 10_000))
 
 

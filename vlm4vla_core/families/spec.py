@@ -30,6 +30,7 @@ class Geometry:
     patch: pixels per side of a patch. merge: patches per side of one image token. temporal: frames per patch.
     window: pixels per side of an attention window (0: none). size: pixels per side of the image.
     placeholders: image tokens in the prompt, where they are not one per merged patch (Kosmos-2, LLaVA-OneVision).
+    exact: the image must divide into patches; else the tower drops the pixels at its edge (SigLIP's 384 by 14).
     """
 
     patch: int
@@ -38,10 +39,11 @@ class Geometry:
     window: int
     size: int
     placeholders: int | None = None
+    exact: bool = True
 
     def __post_init__(self) -> None:
         step = self.patch * self.merge
-        if self.size < step or self.size % step:
+        if self.size < step or self.grid % self.merge or (self.exact and self.size % self.patch):
             raise InputError(
                 f"image size {self.size} does not divide into image tokens of {step} pixels",
                 fix=f"use a multiple of {step}, such as {max(1, round(self.size / step)) * step}",
@@ -176,7 +178,7 @@ def fixed_geometry(config: Any, size: int, merge: int, placeholders: int | None 
     native, patch = (value if isinstance(value, int) else value[0] for value in (vision.image_size, vision.patch_size))
     if size != native:
         raise InputError(f"this model takes images of {native} pixels, not {size}", fix="leave the image size out")
-    return Geometry(patch, merge, 1, 0, size, placeholders)
+    return Geometry(patch, merge, 1, 0, size, placeholders, exact=False)
 
 
 def tiny_text(ids: dict[str, int], pad: str, end: str, **changes: Any) -> dict[str, Any]:

@@ -189,6 +189,8 @@ def _convert(
     rate = frames / seconds
     for line in conversion.lines(account):
         print(f"note: {line}")
+    if black and not args.cameras:
+        print(f"note: looked for black cameras in up to {conversion.LOOKS} episodes; of a camera you name, in all")
     counts = made.manifest["counts"]
     print(
         f"{args.out}: {counts['episodes']} episodes, {counts['steps']} steps, {counts['instructions']} instructions, "
