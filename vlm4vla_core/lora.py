@@ -48,7 +48,7 @@ def lora_size(base: Any, spec: FamilySpec, parts: Sequence[str], rank: int) -> i
 
 
 def add_lora(backbone: Backbone, parts: Sequence[str], *, rank: int = 16, alpha: int = 32, seed: int = 0) -> None:
-    """Put adapters, fp32 and without effect at first (B = 0), on every matrix of `parts` (names of `freezing.PARTS`).
+    """Put adapters on every matrix of `parts` (names of `freezing.PARTS`): fp32, and without effect at first.
 
     The change of a weight is alpha / rank * B A. Their start is drawn from `seed`; nothing else of the backbone moves.
     Raises InputError when the backbone has adapters already, or a part has no place for one.
