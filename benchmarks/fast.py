@@ -53,7 +53,7 @@ def of_episodes(actions: list[np.ndarray], horizon: int) -> tuple[np.ndarray, np
 def data() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     synthetic = smooth(4000)
     found = {"smooth synthetic, 10 x 7": (synthetic[:3500], synthetic[3500:])}
-    plans = demos.plan(200, ("move", "touch", "push", "lift"), ("A",), seed=0)
+    plans = demos.plan(200, ("move", "touch", "push", "pick"), ("A",), seed=0)
     recorded = [episode.action for episode in demos.demonstrations(plans, size=16, noise=0.3)]
     found["tabletop demonstrations, 4 x 7"] = of_episodes(recorded, 4)
     found["tabletop demonstrations, 10 x 7"] = of_episodes(recorded, 10)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import vlm4vla_core.sims.gym  # noqa: F401 (the import registers the environment)
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.sims.benchmarks import is_evaluation_seed
 

@@ -14,7 +14,7 @@ from vlm4vla_core.actions import BRIDGE, TABLETOP
 from vlm4vla_core.episodes.store import Episode, EpisodeStore, write_store
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.sims.tabletop import demos
-from vlm4vla_core.sims.tabletop.render import PALETTE
+from vlm4vla_core.sims.tabletop.looks import PALETTE
 from vlm4vla_core.sims.tabletop.world import COLOURS
 from vlm4vla_core.vqa import CLEARLY, availability, questions
 from vlm4vla_core.vqa.data import EmbodiedData, parse_points
@@ -100,7 +100,7 @@ def test_a_store_without_a_named_gripper_is_refused(tmp_path: Path):
 @pytest.fixture(scope="module")
 def tabletop(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
     """Real demonstrations of the tabletop world in all of its training domains."""
-    plans = demos.plan(9, ("move", "touch", "lift"), ("A", "B", "C"), seed=0)
+    plans = demos.plan(9, ("move", "touch", "pick"), ("A", "B", "C"), seed=0)
     return write_store(
         tmp_path_factory.mktemp("tabletop") / "store", demos.demonstrations(plans, size=112, noise=0.2),
         source="tabletop", convention=TABLETOP, state_names=demos.STATE_NAMES, column_names=demos.COLUMN_NAMES,

@@ -1,7 +1,10 @@
-"""The tabletop world as a gymnasium environment: `gymnasium.make("vlm4vla/Tabletop-v0", task="pick")`.
+"""The tabletop world as a gymnasium environment.
 
-The package registers it by an entry point, so that no import of ours is needed. One observation holds the picture, the
-hand's state and the instruction; the reward is 1 at the step at which the goal is reached, and the episode ends there.
+    import gymnasium, vlm4vla_core.sims.gym          # the import registers it
+    env = gymnasium.make("vlm4vla/Tabletop-v0", task="pick")
+
+One observation holds the picture, the hand's state and the instruction; the reward is 1 at the step at which the goal is
+reached, and the episode ends there.
 
 Trap: `reset(seed=…)` draws scenes that are neither evaluation nor recording seeds, so what is learnt or tuned here has
 not seen either; a protocol's episodes are run by `vlm4vla evaluate`.
@@ -98,7 +101,8 @@ class Tabletop(gymnasium.Env):
         return {"image": self._picture(), "state": state, "instruction": self._env.instructions[0]}
 
 
-def register() -> None:
-    """Called by gymnasium's plugin mechanism, which adds the namespace `vlm4vla`."""
-    longest = max(map(step_limit, (*TASKS, *LONG, CHAIN_TASK)))
-    gymnasium.register("Tabletop-v0", entry_point="vlm4vla_core.sims.gym:Tabletop", max_episode_steps=longest)
+gymnasium.register(
+    "vlm4vla/Tabletop-v0",
+    entry_point="vlm4vla_core.sims.gym:Tabletop",
+    max_episode_steps=max(map(step_limit, (*TASKS, *LONG, CHAIN_TASK))),
+)

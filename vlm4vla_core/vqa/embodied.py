@@ -173,10 +173,9 @@ def availability(store: EpisodeStore, *, camera: str = "", fast: FastTokenizer |
 
 def _view(store: EpisodeStore, row: int, camera: str) -> Camera | None:
     """The camera whose projection is known: that of the tabletop world."""
-    from vlm4vla_core.sims.tabletop.demos import CAMERA
     from vlm4vla_core.sims.tabletop.looks import LOOKS
 
-    if store.manifest["source"] != "tabletop" or (camera or store.cameras[0]) != CAMERA:
+    if store.manifest["source"] != "tabletop" or (camera or store.cameras[0]) != "front":
         return None
     look = LOOKS.get(store.episodes["domain"].iloc[store.episode_of[row]])
     return look.camera if look else None
