@@ -3,8 +3,8 @@
     import gymnasium, vlm4vla_core.sims.gym          # the import registers it
     env = gymnasium.make("vlm4vla/Tabletop-v0", task="pick")
 
-One observation holds the picture, the hand's state and the instruction; the reward is 1 at the step at which the goal is
-reached, and the episode ends there.
+One observation holds the picture, the hand's state and the instruction; the reward is 1 at the step at which the goal
+is reached, and the episode ends there.
 
 Trap: `reset(seed=…)` draws scenes that are neither evaluation nor recording seeds, so what is learnt or tuned here has
 not seen either; a protocol's episodes are run by `vlm4vla evaluate`.
