@@ -37,6 +37,10 @@ class Args:
 
 
 def run(args: Args) -> int:
+    if args.benchmark.startswith("tabletop-vqa@"):
+        from vlm4vla_core.vqa.benchmark import run as ask  # questions, not rollouts
+
+        return ask(args)
     from vlm4vla_core.evaluation import evaluate
     from vlm4vla_core.results import success_table, wilson
     from vlm4vla_core.sims import coverage

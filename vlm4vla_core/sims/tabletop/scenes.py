@@ -123,6 +123,12 @@ def _draw(rng: np.random.Generator, kind: np.ndarray, colours: np.ndarray, plate
         )
 
 
+def scene(seed: int) -> State:
+    """A scene to ask questions about, a pure function of the seed: two to four objects, two plates and the switch."""
+    rng = _rng("scene", seed)
+    return _fitting(rng, int(rng.integers(2, SLOTS + 1)), ())
+
+
 # --- chains ---------------------------------------------------------------------------------------------------
 
 
