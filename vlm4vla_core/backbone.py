@@ -287,7 +287,7 @@ class Backbone(nn.Module):
         if self.lm_head is None and not self.base.config.tie_word_embeddings:
             raise InputError(
                 "this model's output layer is not tied to its word embeddings and was not loaded",
-                fix="load_backbone(path, language_head=True)",
+                fix="load_backbone(path, language_head=True), or tiny(family, language_head=True)",
             )
         row, column = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
         states = self.hidden(batch)
@@ -411,12 +411,17 @@ def _switch_off_dropout(base: nn.Module) -> None:
 
 
 def tiny(
-    name: str = "qwen2_5_vl", *, seed: int = 0, image_size: int = 112, options: BackboneOptions | None = None
+    name: str = "qwen2_5_vl",
+    *,
+    seed: int = 0,
+    image_size: int = 112,
+    language_head: bool = False,
+    options: BackboneOptions | None = None,
 ) -> Backbone:
     """A tiny, randomly initialised member of a family's real class, with an offline tokenizer, on the CPU in fp32.
 
-    The same seed gives the same weights; torch's global random state is left alone. Raises InputError on an
-    unknown family.
+    The same seed gives the same weights; torch's global random state is left alone. language_head: also draw the output
+    layer where it is not tied, for `language_loss`. Raises InputError on an unknown family.
     """
     from vlm4vla_core.tiny import tiny_base, tiny_tokenizer
 
@@ -424,8 +429,11 @@ def tiny(
     tokenizer = tiny_tokenizer(spec)
     lineage = {"source": f"tiny {name}", "init": "scratch", "init_seed": seed}
     seen = image_size * (spec.upscale if options and options.upscale else 1)
-    base = tiny_base(spec, tokenizer, seed, seen)
-    return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lineage=lineage).eval()
+    base, head = tiny_base(spec, tokenizer, seed, seen)
+    head = head if language_head else None
+    return Backbone(
+        base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage
+    ).eval()
 
 
 def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Backbone:

@@ -72,8 +72,11 @@ def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_base(spec: FamilySpec, tokenizer: PreTrainedTokenizerFast, seed: int, image_size: int) -> Any:
-    """The headless base of a tiny member of `spec`'s real class, on the CPU in fp32, initialised from `seed`."""
+def tiny_base(
+    spec: FamilySpec, tokenizer: PreTrainedTokenizerFast, seed: int, image_size: int
+) -> tuple[Any, torch.Tensor | None]:
+    """The headless base of a tiny member of `spec`'s real class, and its output layer (V, D) where that is not tied;
+    on the CPU in fp32, initialised from `seed`."""
     import torch
     from transformers import AutoModel
 
@@ -82,8 +85,11 @@ def tiny_base(spec: FamilySpec, tokenizer: PreTrainedTokenizerFast, seed: int, i
     with torch.random.fork_rng(devices=[]):  # the library's own initialisation draws from the global state
         torch.manual_seed(seed)
         base = AutoModel.from_config(config, attn_implementation=spec.attention, dtype=torch.float32)
-    initialise(base, spec, torch.Generator().manual_seed(seed))
-    return base.eval()
+    generator = torch.Generator().manual_seed(seed)
+    initialise(base, spec, generator)
+    words = base.get_submodule(spec.embeddings).weight  # (V, D)
+    drawn = torch.randn(words.shape, generator=generator) / math.sqrt(words.shape[1])
+    return base.eval(), None if config.tie_word_embeddings else drawn
 
 
 def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:

@@ -204,7 +204,10 @@ def _start(config: TrainConfig) -> Backbone:
     from vlm4vla_core.lora import add_lora
 
     if config.backbone == "tiny":
-        backbone = tiny(config.family, seed=config.seed, image_size=config.image_size or 112, options=config.options())
+        backbone = tiny(
+            config.family, seed=config.seed, image_size=config.image_size or 112, options=config.options(),
+            language_head=config.objective == "language",
+        )  # fmt: skip
     else:
         options: BackboneOptions | None = config.options()
         if checkpoint.looks_like_one(Path(config.backbone)) and config.default_options():
