@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probes.weights import network_order, open_weights
+from probes.weights import family_at, network_order, open_weights
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,11 +108,13 @@ def weight_divergence(base: Path | str, a: Path | str, c: Path | str) -> WeightD
     (naming the tensor) and checkpoints without a common parameter.
     """
     with ExitStack() as stack:
-        sides = [stack.enter_context(open_weights(Path(path))) for path in (base, a, c)]
+        paths = [Path(path) for path in (base, a, c)]
+        known = next((found for path in paths if (found := family_at(path))), None)
+        sides = [stack.enter_context(open_weights(path, known)) for path in paths]
         families = sorted({side.family.name for side in sides if side.family})
         if len(families) > 1:
             raise InputError(f"checkpoints of different families: {', '.join(families)}", where=f"{base}, {a}, {c}")
-        group_of = next((side.group_of for side in sides if side.family), sides[0].group_of)
+        group_of = sides[0].group_of
         names = list(dict.fromkeys(name for side in sides for name in side.names))
         excluded = tuple(name for name in names if any(name in side.excluded for side in sides))
         parameters, unmatched = {}, []
@@ -134,6 +136,9 @@ def weight_divergence(base: Path | str, a: Path | str, c: Path | str) -> WeightD
 
 
 def _compare(name: str, tensors: list[Tensor]) -> Sums:
+    if tensors[0].dim() == 3:  # experts' matrices stand transposed in published files, and sums do not mind
+        turned = (*tensors[0].shape[:1], *tensors[0].shape[:0:-1])
+        tensors = [tensor.transpose(-1, -2) if tensor.shape == turned else tensor for tensor in tensors]
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if len(set(shapes)) > 1:
         raise InputError(f"shapes differ: base {shapes[0]}, A {shapes[1]}, C {shapes[2]}", where=name)

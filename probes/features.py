@@ -180,6 +180,9 @@ def extract(
     blocks: Any = backbone.base.get_submodule(backbone.spec.blocks)
     available = [*(f"vision.{place}" for place in range(len(blocks))), "projector"]
     names = resolve_layers(layers, available)
+    if pool == "grid" and "projector" in names and not backbone.spec.spatial:
+        fix = "leave the projector out, or use --pool mean"
+        raise InputError(f"the image tokens after the projector of {backbone.spec.name} lie on no grid", fix=fix)
     with folders.new_folder(out, KIND) as folder, torch.inference_mode():
         shard: list[dict[str, np.ndarray]] = []
         held = count = 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm4vla_core import checkpoint, folders
+from vlm4vla_core import checkpoint, folders, hub
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from vlm4vla_core.families import FamilySpec
 
-INDEX = "model.safetensors.index.json"
-_PREFIXES = ("backbone.", "base.", "model.")
+_WRAPPERS = ("backbone.", "base.")  # of this project's checkpoints, around the headless base
 _PARTS = ("vision", "projector", "embeddings", "decoder", "lm_head")
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,16 @@ class Weights:
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[Weights]:
-    """Open a checkpoint's weights. Raises InputError when there are none or a file is missing or damaged."""
+def open_weights(path: Path, family: FamilySpec | None = None) -> Iterator[Weights]:
+    """Open a checkpoint's weights; `family` is taken for files without a config.json.
+
+    An output layer that is the word embeddings over again (a tied one) is left out. Raises InputError when there are
+    none, a file is missing or damaged, or adapters are not merged.
+    """
     from safetensors import SafetensorError, safe_open
 
     files = weight_files(path)
-    family = _family(files[0].parent)
+    family = family_at(path) or family
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
         names: dict[str, tuple[Path, str]] = {}
@@ -66,8 +70,16 @@ def open_weights(path: Path) -> Iterator[Weights]:
                 raise InputError(f"not a whole safetensors file ({error})", where=file) from None
             for inside in handles[file].keys():  # noqa: SIM118 (not a dict)
                 names.setdefault(readable_name(inside, family), (file, inside))
+        if any(".lora_" in name for name in names):
+            fix = "write it without adapters first (vlm4vla_core.lora.export_merged)"
+            raise InputError("this checkpoint has adapters, whose weights stand apart", where=path, fix=fix)
         excluded = frozenset(name for name in names if name == "query" or name.split(".")[0] == "head")
-        yield Weights(names, excluded, family, handles)
+        weights = Weights(names, excluded, family, handles)
+        if family and HEAD in names and (words := f"{family.embeddings}.weight") in names:
+            head, rows = weights.tensor(HEAD), weights.tensor(words)
+            if head.shape == rows.shape and bool((head == rows).all()):
+                del names[HEAD]
+        yield weights
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -77,17 +89,12 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if (path / "checkpoints").is_dir() or (path / folders.MANIFEST).is_file():
         return [checkpoint.resolve(path) / checkpoint.WEIGHTS]
-    if (path / INDEX).is_file():
-        files = [path / name for name in sorted(set(folders.read_json(path / INDEX)["weight_map"].values()))]
-    else:
-        files = [file for file in sorted(path.glob("*.safetensors")) if file.name != checkpoint.STATE]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{len(missing)} of {len(files)} weight files are missing", where=missing[0])
-    if not files:
-        what = "no safetensors weights in this folder" if path.is_dir() else "no such checkpoint"
-        raise InputError(what, where=path, fix="give a checkpoint or run folder, or a .safetensors file")
-    return files
+    if (path / hub.INDEX).is_file():
+        return hub.weight_files(path)
+    if files := sorted(path.glob("*.safetensors")):
+        return files
+    what = "no safetensors weights in this folder" if path.is_dir() else "no such checkpoint"
+    raise InputError(what, where=path, fix="give a checkpoint or run folder, or a .safetensors file")
 
 
 def weights_fingerprint(path: Path) -> str:
@@ -107,31 +114,24 @@ def model_source(path: Path) -> str:
     return folder.name
 
 
-def _family(folder: Path) -> FamilySpec | None:
-    """The family that config.json names, in this project's layout or Hugging Face's; None when it names none."""
-    from vlm4vla_core.families import family, family_of
+def family_at(path: Path) -> FamilySpec | None:
+    """The family that the config.json beside a checkpoint's weights names; None when it names none."""
+    from vlm4vla_core.families import family_of_config
 
-    if not (folder / checkpoint.CONFIG).is_file():
-        return None
-    config = folders.read_json(folder / checkpoint.CONFIG)
+    config = weight_files(path)[0].parent / checkpoint.CONFIG
     try:
-        if "backbone" in config:
-            return family(config["backbone"]["family"])
-        return family_of(config.get("model_type", ""))
+        return family_of_config(folders.read_json(config)) if config.is_file() else None
     except InputError:  # weights of a foreign model can still be compared, by the names alone
         return None
 
 
 def readable_name(name: str, family: FamilySpec | None = None) -> str:
-    """A parameter's name relative to the headless base: wrappers and, in older files, a missing level are undone."""
-    path = name
-    for prefix in _PREFIXES:
-        path = path.removeprefix(prefix)
-    if family and family.group_of(path) is None:
-        above = family.layers.split(".")[0]  # "model.layers.0…" of older files is "language_model.layers.0…"
-        if family.group_of(f"{above}.{path}"):
-            return f"{above}.{path}"
-    return path
+    """A parameter's name relative to the headless base, from this project's layout or the family's published one."""
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    if name == "lm_head":  # a backbone's own output layer is a parameter of no module
+        return HEAD
+    return family.canonical(name) if family else name.removeprefix("model.")
 
 
 def _numbered_part(name: str) -> str:

@@ -17,6 +17,8 @@ _WHERE = {
     "load_backbone": "vlm4vla_core.backbone",
     "check_backbone": "vlm4vla_core.contract",
     "Backbone": "vlm4vla_core.backbone",
+    "BackboneOptions": "vlm4vla_core.options",
+    "PAPER": "vlm4vla_core.options",
     "VLAPolicy": "vlm4vla_core.policy",
     "ActionChunk": "vlm4vla_core.policy",
     "EpisodeStore": "vlm4vla_core.episodes.store",

@@ -83,11 +83,11 @@ def add_lora(backbone: Backbone, parts: Sequence[str], *, rank: int = 16, alpha:
 
 def merge_lora(backbone: Backbone) -> None:
     """Fold the adapters of a backbone, if it has any, into its weights, which get back their plain names."""
-    from peft.tuners.lora import LoraLayer
-
     settings = backbone.lineage.pop("lora", None)
     if settings is None:
         return
+    from peft.tuners.lora import LoraLayer
+
     layers = [(name, module) for name, module in backbone.base.named_modules() if isinstance(module, LoraLayer)]
     for name, module in layers:
         module.merge()

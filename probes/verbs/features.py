@@ -90,7 +90,7 @@ def run(args: Args) -> int:
 
 def _model(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint's folder, and its family, image size and camera, from config.json alone (no torch)."""
-    from vlm4vla_core.families import family, family_of
+    from vlm4vla_core.families import family_of_config
 
     if checkpoint.looks_like_one(path) or not (path / checkpoint.CONFIG).is_file():
         folder = checkpoint.resolve(path)
@@ -101,8 +101,7 @@ def _model(path: Path) -> tuple[Path, dict[str, Any]]:
         camera = (config.get("policy") or {}).get("camera")
         return folder, {"family": described["family"], "image_size": described["image_size"], "camera": camera}
     published = folders.read_json(path / checkpoint.CONFIG)
-    kind = str(published.get("model_type", "")) if isinstance(published, dict) else ""
-    spec = family(family_of(kind, where=path).name)
+    spec = family_of_config(published if isinstance(published, dict) else {}, path)
     return path, {"family": spec.name, "image_size": spec.image_size, "camera": None}
 
 

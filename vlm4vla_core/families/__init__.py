@@ -8,11 +8,13 @@ Trap: `model_type: paligemma` covers two families, told apart by the text config
 
 from __future__ import annotations
 
+from typing import Any
+
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.families import gemma, internvl, kosmos, llava, qwen, smolvlm
 from vlm4vla_core.families.spec import FamilySpec, Geometry, Prompt
 
-__all__ = ["FamilySpec", "Geometry", "Prompt", "families", "family", "family_of"]
+__all__ = ["FamilySpec", "Geometry", "Prompt", "families", "family", "family_of", "family_of_config"]
 
 _SPECS: dict[str, FamilySpec] = {
     spec.name: spec for module in (qwen, gemma, kosmos, internvl, smolvlm, llava) for spec in module.SPECS
@@ -43,3 +45,12 @@ def family_of(model_type: str, *, text_type: str = "", where: object = "") -> Fa
         what = f"no model family for model_type '{model_type}'" + (f" with a {text_type} decoder" if fitting else "")
         raise InputError(what, where=where, fix=nearest(model_type, known))
     return exact[0]
+
+
+def family_of_config(config: dict[str, Any], where: object = "") -> FamilySpec:
+    """The entry for the values of a config.json, of Hugging Face's or of this project. Raises InputError."""
+    if isinstance(config.get("backbone"), dict):
+        return family(config["backbone"].get("family", ""))
+    text = config.get("text_config")
+    text_type = text.get("model_type", "") if isinstance(text, dict) else ""
+    return family_of(str(config.get("model_type", "")), text_type=text_type, where=where)
