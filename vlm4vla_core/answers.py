@@ -43,9 +43,7 @@ def _text(backbone: Backbone, ids: list[int]) -> str:
     return str(backbone.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _answer_ids(
-    backbone: Backbone, images: np.ndarray, questions: Sequence[str], max_tokens: int
-) -> list[list[int]]:
+def _answer_ids(backbone: Backbone, images: np.ndarray, questions: Sequence[str], max_tokens: int) -> list[list[int]]:
     import torch
 
     from vlm4vla_core.backbone import IGNORE

@@ -26,16 +26,20 @@ _PHRASES = (
     "What action should the robotic arm take to",
 )
 _WORDS = """
-a along an and are arm at away axis back backward ball behind beside between big block blue board bottom bowl box
-burner by camera can carrot center close closed closer closest cloth color colour container corner counter cube cup
-cyan cylinder do does door down downwards drawer edge far farther faucet flip fold for fork forward from front fruit
-grasp gray green grey grip gripper half hand handle high higher highest hold holding in inside into is it knife knob
-large left lever lid lift low lower lowest magenta me medium microwave middle move near nearest no object of off on
-open orange oven over pan pick pink place plate position pot pull purple push put raise reach red release remove
-right robot robotic rotate shift shove side sink slide slightly small spatula spoon stack stove sweep table take tap
-the this to top touch towards towel tower toy tray turn up upper upright upwards vessel what where which white with
-yellow yes you
+a action along an and are arm as at away axis back backward ball balls behind beside between big block blue board both
+bottom bowl box bring burner by camera can caption carrot carry cell center close closed closer closes closest cloth
+color colour column columns container corner count counter cube cubes cup cyan cylinder cylinders did do does door
+down downwards drawer earlier edge eight empty far farther faucet first five flip fold for fork forward four fractions
+from front fruit go goes grasp gray green grey grip gripper half hand handle height high higher highest hold holding
+how in inside into is it knife knob lamp large later left let letter lever lid lift light list lit low lower lowest
+magenta many me medium microwave middle motion move moved near nearest next no nothing object objects of off on one
+onto open or orange order out oven over pan pick picture pink place plate point points position pot pull purple push
+put raise reach red release remove right robot robotic rotate row rows set seven shape shapes shift shove side sink
+six slide slightly small spatula spoon stack stay step steps stove sweep switch switched table take tap task than the
+there this three through to tokens top touch towards towel tower toy tray turn two up upper upright upwards vessel was
+way what where which white width with yellow yes you zero
 """
+_CAPITALS = ("Answer", "Did", "How", "Is", "List", "Point", "The", "Through", "What", "Where", "Which")
 
 
 def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
@@ -51,7 +55,7 @@ def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
     specials = spec.special_tokens
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [blank + word for word in sorted(set(_WORDS.split())) for blank in ("", "Ġ") if len(blank + word) > 1]
-    words += ["ĊĊ", "What", "Where", "Which", "Is", "ĠWhat", "ĠWhere", "ĠWhich", "ĠIs"]
+    words += ["ĊĊ", *(blank + word for word in _CAPITALS for blank in ("", "Ġ"))]
     first = specials[:4] if spec.image_ids else specials  # Kosmos-2 takes the ids after the fourth for its images
     listing = [*first, *alphabet, *words, *specials[len(first) :]]
     vocab = {token: index for index, token in enumerate(listing)}

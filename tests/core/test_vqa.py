@@ -62,7 +62,7 @@ def test_answers_follow_from_the_state(store: EpisodeStore):
 def test_an_absent_object_is_never_asked_about(store: EpisodeStore):
     rng = np.random.default_rng(1)
     absent = np.flatnonzero((store.column("truth/objects")[:, 3:] == -1).all(1))
-    texts = [" ".join(questions(store, int(row), rng)) for row in np.tile(absent, 8)]
+    texts = [" ".join(questions(store, int(row), rng)[:2]) for row in np.tile(absent, 8)]
     assert len(absent) and not any("blue ball" in text for text in texts)
 
 

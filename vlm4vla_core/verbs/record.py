@@ -9,7 +9,7 @@ Example: vlm4vla record tabletop --episodes 400 --tasks move touch --out stores/
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,9 +36,10 @@ class Args:
     """Folder of the episode store to write."""
     tasks: tuple[str, ...] = ()
     """Task families (move, touch, push, pick, put, stack, switch), long tasks by name, or chain; all families when left
-    out."""
-    domains: tuple[str, ...] = ("A", "B", "C")
-    """Looks: A, B, C; D is the unseen test look of tabletop-abc-d; R, S, T are the degraded ones of tabletop-shift."""
+    out. Alone: scene, one picture without the hand each, for questions."""
+    domains: tuple[str, ...] = ()
+    """Looks; A, B, C when left out (of scenes U, V, W, which no policy sees). D is the unseen test look of
+    tabletop-abc-d; R, S, T are the degraded ones of tabletop-shift."""
     seed: int = 0
     """Seed of the whole recording."""
     size: int = 112
@@ -60,6 +61,8 @@ class Args:
 def run(args: Args) -> int:
     from vlm4vla_core.episodes import conversion
 
+    if not args.domains:
+        args = replace(args, domains=("U", "V", "W") if "scene" in args.tasks else ("A", "B", "C"))
     tasks, config = _check(args)
     rate = None
     source = _source(args, tasks)
@@ -84,6 +87,7 @@ def run(args: Args) -> int:
 def _check(args: Args) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tasks to record and the config that decides the store's content. Raises InputError on bad values."""
     from vlm4vla_core.sims.benchmarks import SEED_RULE
+    from vlm4vla_core.sims.tabletop.demos import SCENE
     from vlm4vla_core.sims.tabletop.env import CHAIN_TASK
     from vlm4vla_core.sims.tabletop.looks import LOOKS
     from vlm4vla_core.sims.tabletop.scenes import LONG
@@ -100,13 +104,15 @@ def _check(args: Args) -> tuple[tuple[str, ...], dict[str, Any]]:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
     if args.seed < 0:
         raise InputError(f"--seed must not be negative, got {args.seed}")
-    known = (*TASKS, *LONG, CHAIN_TASK)
+    known = (*TASKS, *LONG, CHAIN_TASK, SCENE)
     for task in args.tasks:
         if task not in known:
             raise InputError(f"the tabletop world has no task '{task}'", fix=nearest(task, known))
     for domain in args.domains:
         if domain not in LOOKS:
             raise InputError(f"the tabletop world has no domain '{domain}'", fix=nearest(domain, LOOKS))
+    if SCENE in args.tasks and (len(args.tasks) > 1 or args.cameras != ("front",)):
+        raise InputError("scenes are recorded alone, by the front camera", fix="give --tasks scene and no --cameras")
     tasks, domains = args.tasks or TASKS, args.domains
     cameras = args.cameras
     if not domains or not cameras or any(len(set(names)) < len(names) for names in (tasks, domains, cameras)):

@@ -1,5 +1,6 @@
-"""Questions about pictures: generated from what an episode store records (`embodied`), or read from files (`data`)."""
+"""Questions about pictures: generated from what an episode store records (`embodied`, `general`), or read from files
+(`data`); `benchmark` asks them of a model."""
 
-from vlm4vla_core.vqa.embodied import CLEARLY, KINDS, Question, availability, questions
+from vlm4vla_core.vqa.embodied import CLEARLY, KINDS, MIXES, Question, availability, pictures, questions
 
-__all__ = ["CLEARLY", "KINDS", "Question", "availability", "questions"]
+__all__ = ["CLEARLY", "KINDS", "MIXES", "Question", "availability", "pictures", "questions"]

@@ -1,8 +1,10 @@
 """Questions about the scene with known answers, made from what a store records: the language objective's data.
 
-Every store with a gripper state gives "where is the gripper" (in thirds of the store's own range), "is it open" and the
-next action in words; with a FAST tokenizer also the next chunk as action tokens. A store with true object positions
-(`truth/objects`) gives questions about objects, and points at them where the camera's projection is known.
+Every store with a gripper state gives "where is the gripper" (in thirds of the store's own range), "is it open", how it
+has moved since an earlier picture, and the next action in words or as a choice; with a FAST tokenizer also the next
+chunk as action tokens. A store with true object positions (`truth/objects`) gives questions about objects; where the
+camera's projection is known (the tabletop world), also points, the gripper's way in the picture, and the questions of
+`general`. `MIXES` names what belongs together: general, embodied, and parts of it after the paper's auxiliary tasks.
 
 Trap: answers come from the state, not from the picture. A gripper hidden from the camera still has an answer, and
 thirds are of this store, so accuracies of two stores do not compare.
@@ -18,15 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.vqa.general import GENERAL, Groups, Sight
 
 if TYPE_CHECKING:
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.fast import FastTokenizer
     from vlm4vla_core.sims.tabletop.looks import Camera
 
-OBJECTS = "truth/objects"
+OBJECTS, PLATES, HELD = "truth/objects", "truth/plates", "truth/held"
 CLEARLY = 0.03  # m; objects closer than this along an axis are on neither side of one another
-AHEAD = 4  # steps whose motion is "what the robot does next"
+AHEAD = 4  # steps whose motion is "what the robot does next", and between the points of a way
+EARLIER, POINTS = 6, 4  # steps back to the earlier of two pictures; most points of a way
 _ABSENT = -0.99  # coordinates below this mean that the slot is empty
 _VIEW = "x to the right, y away from the camera, z up"  # a frame in which the axes are the viewer's
 _WORDS = {
@@ -39,11 +43,15 @@ _WAYS = {"x": ("left", "right"), "y": ("back", "forward"), "z": ("down", "up")}
 
 
 class Question(NamedTuple):
-    """One question about one row's picture, its answer, and which of `KINDS` it is."""
+    """One question about one row's picture, its answer, and which of `KINDS` it is.
+
+    earlier: the row whose picture stands left of the row's own (see `pictures`); -1 for the row's own alone.
+    """
 
     question: str
     answer: str
     kind: str
+    earlier: int = -1
 
 
 class NothingToAsk(InputError):
@@ -54,7 +62,7 @@ class _Facts(NamedTuple):
     """Per store, computed once: columns and thresholds. thirds: axis -> the two bounds (m)."""
 
     columns: dict[str, int]
-    missing: str  # why the state does not say where the gripper is; empty when it does
+    missing: str  # why nothing can be asked about the gripper; empty when something can
     thirds: dict[str, np.ndarray]
     halfway: float | None  # gripper value between closed and open; None when it never changes
     stride: float  # usual largest translation of one step
@@ -68,6 +76,8 @@ def _facts(store: EpisodeStore) -> _Facts:
     columns = {name: index for index, name in enumerate(store.state_names)}
     missing, state = [axis for axis in (*_WORDS, "gripper") if axis not in columns], store.state
     reason = f"the store does not name {', '.join(missing)}; its state is named {', '.join(columns)}" if missing else ""
+    if "task" in store.episodes and (store.episodes["task"] == "scene").any():
+        reason = "its pictures show no gripper"
     thirds = {axis: np.quantile(state[:, columns[axis]], [1 / 3, 2 / 3]) for axis in _WORDS if not missing}
     gripper = state[:, columns["gripper"]] if not missing else np.zeros(1)
     low, high = float(gripper.min()), float(gripper.max())
@@ -102,17 +112,28 @@ class _Scene:
 
     @property
     def task(self) -> str:
-        return f'The task is "{self.store.instructions[self.store.episode_of[self.row]]}".'
+        return f'The task is "{self.store.instructions[self.episode]}".'
+
+    @property
+    def episode(self) -> int:
+        return int(self.store.episode_of[self.row])
+
+    def info(self, name: str) -> str:
+        """What the store's table of episodes says, "" where it says nothing."""
+        return str(self.store.episodes[name].iloc[self.episode]) if name in self.store.episodes else ""
 
     def places(self) -> dict[str, np.ndarray]:
         """Name and position (3,) of every object that is present."""
         assert self.facts.objects is not None
-        names = self.facts.names[self.store.episode_of[self.row]]
-        listed = zip(names, self.facts.objects[self.row], strict=False)
+        listed = zip(self.facts.names[self.episode], self.facts.objects[self.row], strict=False)
         return {name: place for name, place in listed if place.min() > _ABSENT}
 
-
-Groups = list[list[tuple[str, str]]]  # (question, answer); one group is drawn first, then one of it
+    def sight(self) -> Sight:
+        """What lies where, for questions of `general`."""
+        assert self.view is not None
+        places, plates = self.places(), tuple(name for name in self.info("plates").split(";") if name)
+        spots = self.store.column(PLATES)[self.row].reshape(-1, 2) if plates else np.zeros((0, 2))
+        return Sight(tuple(places), np.array(list(places.values())), plates, spots[: len(plates)], self.view)
 
 
 def questions(
@@ -126,33 +147,59 @@ def questions(
 ) -> Question:
     """One question about the picture at `row`, drawn with `rng` evenly from the kinds that the row allows.
 
-    kinds: of `KINDS`; by default position, gripper, nearest and side. What the store does not allow is passed over
-    (`availability` says why). camera: that of pointing (default: the first). fast: the tokenizer of action tokens.
+    kinds: of `KINDS`, or names of `MIXES`; by default position, gripper, nearest and side, of a store of scenes the
+    general mix. What the store does not allow is passed over (`availability` says why). camera: that of pointing
+    (default: the first). fast: the tokenizer of action tokens. The picture to show is that of `pictures`.
     Raises InputError with the reasons when nothing can be asked, NothingToAsk when only of this row, and on unknown
     kinds.
     """
-    kinds, reasons = kinds or DEFAULT_KINDS, availability(store, camera=camera, fast=fast)
-    if unknown := [kind for kind in kinds if kind not in reasons]:
-        raise InputError(f"no questions of kind '{unknown[0]}'", fix=nearest(unknown[0], reasons))
+    reasons = availability(store, camera=camera, fast=fast)
+    plain = all(reasons[kind] for kind in DEFAULT_KINDS) and not any(reasons[kind] for kind in GENERAL)
+    kinds = expand(kinds) or (tuple(GENERAL) if plain else DEFAULT_KINDS)
     if all(reasons[kind] for kind in kinds):
         what = f"no questions of kind {', '.join(kinds)}: {'; '.join(dict.fromkeys(reasons[kind] for kind in kinds))}"
         raise InputError(what, where=store.path, fix="ask other kinds")
-    view = _view(store, int(row), camera) if "pointing" in kinds else None
-    scene = _Scene(store, int(row), _facts(store), view, fast)
+    scene = _Scene(store, int(row), _facts(store), _view(store, int(row), camera), fast)
     made = [(kind, group) for kind in kinds if not reasons[kind] for group in KINDS[kind](scene) if group]
     if not made:
         raise NothingToAsk(
             f"row {row} has no question of kind {', '.join(kinds)}", where=store.path, fix="ask more kinds"
         )
     kind, group = made[rng.integers(len(made))]
-    return Question(*group[rng.integers(len(group))], kind)
+    return Question(*group[rng.integers(len(group))], kind, _earlier(scene) if kind == "moved" else -1)
+
+
+def expand(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Kinds and names of `MIXES` as kinds, each once. Raises InputError on a name that is neither."""
+    for name in kinds:
+        if name not in KINDS and name not in MIXES:
+            raise InputError(f"no questions of kind '{name}'", fix=nearest(name, (*KINDS, *MIXES)))
+    return tuple(dict.fromkeys(kind for name in kinds for kind in MIXES.get(name, (name,))))
+
+
+def pictures(
+    store: EpisodeStore, camera: str, rows: Sequence[int] | np.ndarray, asked: Sequence[Question], size: int
+) -> np.ndarray:
+    """The pictures that questions about `rows` are asked of: uint8 (n, size, size, 3).
+
+    Of two moments, the earlier picture is the left half and the row's own the right half, each narrowed by half.
+    """
+    from vlm4vla_core import images
+
+    shown = store.images(camera, rows, size)
+    for i, question in enumerate(asked):
+        if question.earlier >= 0:
+            before = store.images(camera, [question.earlier], size)[0]
+            shown[i] = images.resize(np.concatenate([before, shown[i]], 1)[None], size)[0]
+    return shown
 
 
 @lru_cache(maxsize=8)
 def availability(store: EpisodeStore, *, camera: str = "", fast: FastTokenizer | None = None) -> dict[str, str]:
     """Why a kind cannot be asked about this store at all, for each kind; empty where it can."""
     facts = _facts(store)
-    objects = facts.missing or ("" if facts.objects is not None else "the store does not record where objects are")
+    placed = "" if facts.objects is not None else "the store does not record where objects are"
+    objects = facts.missing or placed
     viewer = "" if facts.viewer else "the axes of its frame are not the viewer's"
     known = "" if _view(store, 0, camera) else "the camera's projection is not known"
     motion = "" if store.convention.relative else "its actions are not relative motion"
@@ -166,8 +213,14 @@ def availability(store: EpisodeStore, *, camera: str = "", fast: FastTokenizer |
         "side": objects or viewer,
         "relative": objects or viewer,
         "pointing": objects or known,
+        "moved": facts.missing or motion,
         "next action": facts.missing or motion,
+        "choice": facts.missing or motion,
+        "plan": facts.missing
+        or ("" if HELD in store.manifest["columns"] else "the store does not record what is held"),
+        "trajectory": facts.missing or known,
         "action tokens": tokens,
+        **dict.fromkeys(GENERAL, placed or known),
     }
 
 
@@ -234,6 +287,72 @@ def _pointing(scene: _Scene) -> Groups:
     ]
 
 
+def _earlier(scene: _Scene) -> int:
+    return max(int(scene.store.starts[scene.episode]), scene.row - EARLIER)
+
+
+def _moved(scene: _Scene) -> Groups:
+    """Of two pictures, the left one earlier: which way the gripper went, and whether an object was moved."""
+    store, before = scene.store, _earlier(scene)
+    columns = [scene.facts.columns[axis] for axis in "xyz"]
+    offset = store.state[scene.row][columns] - store.state[before][columns]
+    axis = int(np.abs(offset).argmax())
+    first = "The left picture is earlier. "
+    way, still = [], []
+    if abs(offset[axis]) > CLEARLY:
+        way.append((f"{first}Which way did the gripper move?", _way(scene, axis, offset[axis])))
+    if scene.facts.objects is not None and before < scene.row:
+        shift = np.linalg.norm(scene.facts.objects[scene.row] - scene.facts.objects[before], axis=1)
+        for name, moved in zip(scene.places(), shift, strict=False):
+            if moved < 0.001 or moved > CLEARLY:
+                still.append((f"{first}Did the {name} move, yes or no?", "yes" if moved > CLEARLY else "no"))
+    return [way, [one for one in still if one[1] == "yes"] or still]
+
+
+def _way(scene: _Scene, axis: int, value: float) -> str:
+    way = int(value > 0)
+    return _WAYS["xyz"[axis]][way] if scene.facts.viewer else "along " + "-+"[way] + "xyz"[axis]
+
+
+def _plan(scene: _Scene) -> Groups:
+    """The steps that are left of picking up, putting or stacking, from what the hand holds."""
+    family, target, names = scene.info("family"), scene.info("target"), scene.facts.names[scene.episode]
+    last = {"pick": "lift it", "put": "carry it, let it go", "stack": "carry it, let it go"}
+    if family not in last or scene.info("task") not in (family, "chain") or target not in names:
+        return []
+    held = int(scene.store.column(HELD)[scene.row, 0])
+    steps = [] if held < 0 or names[held] == target else [f"let the {names[held]} go"]
+    steps += [] if held >= 0 and names[held] == target else [f"grasp the {target}"]
+    return [[(f"{scene.task} What are the steps from here?", ", ".join([*steps, last[family]]))]]
+
+
+def _trajectory(scene: _Scene) -> Groups:
+    assert scene.view is not None
+    end = int(scene.store.starts[scene.episode] + scene.store.lengths[scene.episode])
+    rows = np.arange(scene.row + AHEAD, min(end, scene.row + POINTS * AHEAD + 1), AHEAD)
+    spots, _ = scene.view.project(scene.store.state[rows][:, [scene.facts.columns[axis] for axis in "xyz"]])
+    if not len(rows) or not ((spots >= 0) & (spots <= 1)).all():
+        return []
+    listed = ", ".join(f"({x:.3f}, {y:.3f})" for x, y in spots)
+    return [
+        [(f"{scene.task} Through which points does the gripper go, as fractions of width and height?", f"[{listed}]")]
+    ]
+
+
+def _choice(scene: _Scene) -> Groups:
+    """The next action among four, by letter; the right one stands at each letter in turn."""
+    ((question, right),) = _next_action(scene)[0]
+    ways = [f"move {_way(scene, axis, sign)}" for axis in range(3) for sign in (-1.0, 1.0)]
+    others = [one for one in (*ways, "stay", "open the gripper", "close the gripper") if one != right]
+    picked = np.random.default_rng([scene.row, 4]).permutation(others)[:3].tolist()
+    made = []
+    for place, letter in enumerate("ABCD"):
+        options = [*picked[:place], right, *picked[place:]]
+        listing = "\n".join(f"{mark}. {option}" for mark, option in zip("ABCD", options, strict=True))
+        made.append((f"{question}\n{listing}\nAnswer with a letter.", letter))
+    return [made]
+
+
 def _next_action(scene: _Scene) -> Groups:
     from vlm4vla_core.episodes.sampling import action_chunks
 
@@ -246,8 +365,7 @@ def _next_action(scene: _Scene) -> Groups:
     elif abs(motion[axis]) < scene.facts.stride / (2 * AHEAD):  # less than half a usual step in all of them
         answer = "stay"
     else:
-        way = int(motion[axis] > 0)
-        answer = f"move {_WAYS['xyz'[axis]][way] if scene.facts.viewer else 'along ' + '-+'[way] + 'xyz'[axis]}"
+        answer = f"move {_way(scene, axis, motion[axis])}"
     return [[(f"{scene.task} What does the robot do next?", answer)]]
 
 
@@ -261,6 +379,10 @@ def _action_tokens(scene: _Scene) -> Groups:
     return [[(f"{scene.task} Which action tokens carry it out?", as_text(scene.fast.encode(chunk)[0]))]]
 
 
+def _seen(ask: Callable[[Sight], Groups]) -> Callable[[_Scene], Groups]:
+    return lambda scene: ask(scene.sight())
+
+
 KINDS: dict[str, Callable[[_Scene], Groups]] = {
     "position": _position,
     "gripper": _gripper,
@@ -268,7 +390,20 @@ KINDS: dict[str, Callable[[_Scene], Groups]] = {
     "side": _side,
     "relative": _relative,
     "pointing": _pointing,
+    "moved": _moved,
     "next action": _next_action,
+    "choice": _choice,
+    "plan": _plan,
+    "trajectory": _trajectory,
     "action tokens": _action_tokens,
+    **{kind: _seen(ask) for kind, ask in GENERAL.items()},
 }
 DEFAULT_KINDS = ("position", "gripper", "nearest", "side")  # what training has asked from the first version on
+_EMBODIED = tuple(kind for kind in KINDS if kind not in GENERAL and kind != "action tokens")
+MIXES: dict[str, tuple[str, ...]] = {
+    "general": tuple(GENERAL),
+    "embodied": _EMBODIED,
+    "all": (*GENERAL, *_EMBODIED),
+    "spatial": ("position", "nearest", "side", "relative", "moved"),
+    "planning": ("pointing", "plan", "trajectory"),
+}

@@ -20,8 +20,8 @@ from vlm4vla_core.actions import TABLETOP, ActionConvention
 from vlm4vla_core.episodes.source import Unit
 from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.sims.benchmarks import recording_seed
+from vlm4vla_core.sims.tabletop import scenes, world
 from vlm4vla_core.sims.tabletop import tasks as families
-from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, pictures, step_limit
 
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
@@ -35,6 +35,7 @@ COLUMN_NAMES = {
     "truth/plates": tuple(f"plate{k}.{axis}" for k in range(world.PLATES) for axis in "xy"),  # m
     "truth/switch": ("knob", "on"),  # m of the knob from its rail's middle; 1 where the lamp is lit
 }
+SCENE = "scene"  # the task of a still picture without the hand, for questions
 _MEMORY = 0.8  # correlation of the slow noise from one step to the next
 _FLIP = 0.03  # probability of a wrong finger command, per unit of noise
 _TOGETHER = 64  # demonstrations stepped and rendered together
@@ -105,12 +106,46 @@ def demonstrations(
     """Make the planned demonstrations, each until its goal is reached or its step limit; a chain gives one episode for
     every part of it that was begun.
 
-    noise: standard deviation of each motion's noise as a fraction of the largest step. size: picture size. geometry:
-    also depth (mm) and segmentation. An episode depends on its plan and these arguments only. Labels are float32 in the
-    `TABLETOP` convention.
+    A scene gives one frame, on which nothing is done. noise: standard deviation of each motion's noise as a fraction of
+    the largest step. size: picture size. geometry: also depth (mm) and segmentation. An episode depends on its plan and
+    these arguments only. Labels are float32 in the `TABLETOP` convention.
     """
     for first in range(0, len(plans), _TOGETHER):
-        yield from _together(plans[first : first + _TOGETHER], size, noise, cameras, geometry)
+        part = plans[first : first + _TOGETHER]
+        if part[0].task == SCENE:
+            yield from _stills(part, size, geometry)
+        else:
+            yield from _together(part, size, noise, cameras, geometry)
+
+
+def _stills(plans: Sequence[Plan], size: int, geometry: bool) -> Iterator[Episode]:
+    """One frame of each planned scene, by the front camera, without the hand."""
+    state, domains = world.stack([scenes.scene(item.seed) for item in plans]), [item.domain for item in plans]
+    rgb = pictures(state, domains, size, [item.seed for item in plans], [0] * len(plans), "front", hand=False)
+    depth, segmentation = _geometry(state, domains, size, ("front",), hand=False) if geometry else ({}, {})
+    columns, proprioception = _truth(state), world.proprioception(state)
+    for i, item in enumerate(plans):
+        part = slice(i, i + 1)
+        yield Episode(
+            instruction="look at the table",
+            images={"front": rgb[part]},
+            state=proprioception[part],
+            action=np.zeros((1, 7), np.float32),
+            columns={name: values[part] for name, values in columns.items()},
+            depth={camera: values[part] for camera, values in depth.items()},
+            segmentation={camera: values[part] for camera, values in segmentation.items()},
+            source=f"tabletop, scene {item.index}",
+            info={
+                "task": SCENE,
+                "family": "",
+                "domain": item.domain,
+                "seed": str(item.seed),
+                "objects": ";".join(families.object_names(state, i)),
+                "plates": ";".join(families.plate_names(state, i)),
+                "target": "",
+                "success": "true",
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -194,14 +229,14 @@ def _ask(env: BatchedEnv, row: int) -> families.Ask:
 
 
 def _geometry(
-    state: world.State, domains: Sequence[str], size: int, cameras: Sequence[str]
+    state: world.State, domains: Sequence[str], size: int, cameras: Sequence[str], *, hand: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Depth (F, size, size) uint16 in mm, and segmentation uint8, per camera."""
     from vlm4vla_core.sims.tabletop.render import render
 
     depth, segmentation = {}, {}
     for camera in cameras:
-        picture = render(state, domains, size, camera=camera, geometry=True)
+        picture = render(state, domains, size, camera=camera, geometry=True, hand=hand)
         assert picture.depth is not None and picture.segmentation is not None
         depth[camera] = np.clip(np.rint(picture.depth * 1000), 0, 65535).astype(np.uint16)
         segmentation[camera] = picture.segmentation

@@ -125,12 +125,19 @@ class BatchedEnv:
 
 
 def pictures(
-    state: world.State, domains: Sequence[str], size: int, seeds: Sequence[int], steps: Sequence[int], camera: str
+    state: world.State,
+    domains: Sequence[str],
+    size: int,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    camera: str,
+    *,
+    hand: bool = True,
 ) -> np.ndarray:
     """Rendered pictures (n, H, W, 3) uint8, through the sensor of each world's look, where it has one."""
     from vlm4vla_core.sims.tabletop.render import render
 
-    rgb = render(state, domains, size, camera=camera).rgb
+    rgb = render(state, domains, size, camera=camera, hand=hand).rgb
     for i, name in enumerate(domains):
         if (sensor := LOOKS[name].sensor) is not None:
             rgb[i] = degrade(rgb[i], sensor, seeds[i], int(steps[i]))
