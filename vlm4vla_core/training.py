@@ -1,290 +1,75 @@
-"""One training loop for both objectives, exact to the bit: a killed run goes on as if nothing had happened.
+"""One training loop for all objectives, exact to the bit: a killed run goes on as if nothing had happened.
 
-A batch is a pure function of (seed, step), a checkpoint holds weights and optimizer, and nothing else is state. Both
-objectives start from the same weights for the same seed.
+A batch is a pure function of (seed, step), a checkpoint holds weights and optimizer, and nothing else is state. All
+objectives start from the same weights for the same seed. Under torchrun the processes share every batch.
 
-RUN/run.json (settings), RUN/log.jsonl, RUN/checkpoints/step-000000 (the start, kept) … step-NNNNNN (the last).
-
-Trap: exactness holds for one machine, library version and number of threads; another order of summation is another
-run in the last digits.
+Trap: exactness holds for one machine, library version and number of threads and processes; another order of summation
+is another run in the last digits.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from vlm4vla_core import checkpoint, folders
-from vlm4vla_core.episodes.sampling import action_chunks, batch_rows, split_episodes
-from vlm4vla_core.episodes.store import REMAKE, EpisodeStore
-from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core import checkpoint, folders, trajectory
+from vlm4vla_core.devices import Devices
+from vlm4vla_core.episodes.sampling import rank_slice
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.objectives import Data, Draw, build
+from vlm4vla_core.optimisers import average, averaged, learning_rate, make_optimizer, set_rates
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.progress import progress
+from vlm4vla_core.run_folder import STOPPED, finished, locked, prune, read_log, refuse_changes, run_inputs
 
-if TYPE_CHECKING:
-    import torch
-
-    from vlm4vla_core.backbone import Backbone
-    from vlm4vla_core.options import BackboneOptions
-
-__all__ = ["TrainConfig", "train", "up_to_date"]
+__all__ = ["TrainConfig", "learning_rate", "train", "up_to_date"]
 
 
-# --- what needs no torch --------------------------------------------------------------------------------
-
-
-def run_inputs(config: TrainConfig, data: Path) -> dict[str, str]:
-    """Fingerprints of what a run is made from: its data and, where given, its backbone. Raises InputError."""
-    store = folders.read_manifest(data, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)
-    inputs = {"data": store["fingerprint"]}
-    if config.backbone != "tiny":
-        inputs["backbone"] = _backbone_fingerprint(config.backbone)
-    return inputs
-
-
-def _backbone_fingerprint(path: str) -> str:
-    folder = Path(path)
-    if checkpoint.looks_like_one(folder):
-        return str(folders.read_manifest(checkpoint.resolve(folder), checkpoint.KIND)["fingerprint"])
-    if folder.is_dir():  # weights of many gigabytes: names and sizes, and the content of what is small
-        parts = {
-            file.name: file.stat().st_size if file.stat().st_size > 1 << 24 else folders.file_fingerprint(file)
-            for file in sorted(folder.iterdir())
-            if file.is_file()
-        }
-        return folders.fingerprint(parts)
-    return path  # a hub id
-
-
-def up_to_date(config: TrainConfig, data: Path, out: Path) -> Path | None:
+def up_to_date(config: TrainConfig, data: Path | str | Sequence[Path], out: Path) -> Path | None:
     """The last checkpoint of a run that is finished and unchanged, else None. Raises InputError on missing inputs."""
-    last = checkpoint.step_folder(out, config.max_steps)
-    inputs = run_inputs(config, data)
-    return last if folders.current(last, checkpoint.KIND, config=config.identity(), inputs=inputs) else None
+    return finished(config, run_inputs(config, _paths(data)), Path(out))
 
 
-def _refuse_changes(out: Path, identity: dict[str, Any], inputs: dict[str, str]) -> None:
-    """Raise InputError saying what changed, when `out` holds a run with other settings or data."""
-    if not (out / "run.json").exists():
-        if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
-            raise InputError("this folder exists and holds no run", where=out, fix="give a new --out")
-        return
-    run = folders.read_json(out / "run.json")
-    old, new = {**run["identity"], **run["inputs"]}, {**identity, **inputs}
-    changes = [
-        f"{key} was {old.get(key)}, is now {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
-    ]
-    if changes:
-        raise InputError(
-            f"this folder holds a run with other settings or data: {'; '.join(changes)}",
-            where=out,
-            fix="give another --out, or remove it",
-        )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which the system drops when the process ends, however it ends.
-
-    A folder in which nothing came to be is taken away again.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError("another process is training in this folder", where=out, fix="wait for it") from None
-        try:
-            yield
-        finally:
-            if [path.name for path in out.iterdir()] == [".lock"]:
-                shutil.rmtree(out)
-
-
-# --- the objectives -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the loop needs of an objective.
-
-    model: what is trained and saved. batch: rows and a generator -> model inputs. loss: inputs -> scalars, "loss" first
-    of all. evaluate: rows -> named numbers over those rows.
-    """
-
-    model: Any
-    batch: Callable[[np.ndarray, np.random.Generator], Any]
-    loss: Callable[[Any], dict[str, torch.Tensor]]
-    evaluate: Callable[[np.ndarray], dict[str, Any]]
-
-
-def action_task(config: TrainConfig, store: EpisodeStore, backbone: Backbone, camera: str) -> Task:
-    """The VLA objective: chunks of actions at the query."""
-    from vlm4vla_core.policy import PolicyConfig, VLAPolicy
-
-    stats = store.stats["action"]
-    policy = VLAPolicy(
-        backbone,
-        PolicyConfig(
-            chunk=config.chunk,
-            convention=store.convention,
-            q01=stats["q01"],
-            q99=stats["q99"],
-            camera=camera,
-            width=config.head_width,
-            head=config.head,
-            arm_loss=config.arm_loss,
-            huber_delta=config.huber_delta,
-            gripper_weight=config.gripper_weight,
-            flow_steps=config.flow_steps,
-            pad_to=config.pad_to,
-            normalisation=config.normalisation,
-            clip=config.clip_actions,
-        ),
-        seed=config.seed,
-    )
-    if config.compile:
-        policy.compile_layers()
-    instructions = store.instructions
-
-    def batch(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        chunks, mask = action_chunks(store.action, store.episode_of, rows, config.chunk)
-        texts = [instructions[store.episode_of[row]] for row in rows]
-        return policy.collate(store.images(camera, rows, backbone.image_size), texts, chunks, mask, rng)
-
-    def evaluate(rows: np.ndarray) -> dict[str, Any]:
-        from vlm4vla_core.validation import action_metrics
-
-        return action_metrics(policy, store, rows, batch)
-
-    return Task(policy, batch, policy, evaluate)
-
-
-def language_task(config: TrainConfig, store: EpisodeStore, backbone: Backbone, camera: str) -> Task:
-    """The VLM objective: next-token loss on answers to questions about the scene."""
-    from torch.nn.functional import cross_entropy
-
-    from vlm4vla_core.vqa import questions
-
-    def batch(rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        asked = [questions(store, int(row), rng) for row in rows]
-        pictures = store.images(camera, rows, backbone.image_size)
-        return backbone.collate_answers(pictures, [q.question for q in asked], [q.answer for q in asked])
-
-    def loss(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        logits, targets = backbone.answer_logits(inputs)
-        return {"loss": cross_entropy(logits, targets)}
-
-    def evaluate(rows: np.ndarray) -> dict[str, Any]:
-        from vlm4vla_core.validation import language_metrics
-
-        return language_metrics(backbone, rows, batch)
-
-    return Task(backbone, batch, loss, evaluate)
-
-
-def _start(config: TrainConfig) -> Backbone:
-    """The backbone a run starts from, with what is frozen marked and adapters in place."""
-    from vlm4vla_core.backbone import load_backbone, tiny
-    from vlm4vla_core.freezing import freeze
-    from vlm4vla_core.lora import add_lora
-
-    if config.backbone == "tiny":
-        backbone = tiny(
-            config.family, seed=config.seed, image_size=config.image_size or 112, options=config.options(),
-            language_head=config.objective == "language",
-        )  # fmt: skip
-    else:
-        options: BackboneOptions | None = config.options()
-        if checkpoint.looks_like_one(Path(config.backbone)) and config.default_options():
-            options = None  # it keeps its own
-        backbone = load_backbone(
-            config.backbone,
-            init=config.init,
-            scratch=config.scratch,
-            seed=config.seed,
-            options=options,
-            image_size=config.image_size,
-            language_head=config.objective == "language",
-        )
-    backbone.lineage["stages"] = [*backbone.lineage.get("stages", []), config.objective]
-    if config.lora:
-        add_lora(backbone, config.lora, rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    freeze(backbone, config.freeze)
-    return backbone
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then constant, or a cosine that reaches 0 after the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    part = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
-
-
-def _optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW; decay only on matrices (not on query, norms, biases or word embeddings)."""
-    import torch
-
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    plain = ("query", "embed_tokens.weight")
-    decayed = [p for name, p in trained if p.ndim >= 2 and not name.endswith(plain)]
-    others = [p for name, p in trained if p.ndim < 2 or name.endswith(plain)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], config.lr, config.betas, fused=True)
-
-
-# --- the loop -------------------------------------------------------------------------------------------
-
-
-def train(config: TrainConfig, data: Path | str, out: Path | str) -> Path:
-    """Train as `config` says on the store `data`, in the run folder `out`; returns the last checkpoint's folder.
+def train(config: TrainConfig, data: Path | str | Sequence[Path], out: Path | str) -> Path:
+    """Train as `config` says on one store or several, in the run folder `out`; returns the last checkpoint's folder.
 
     An interrupted run goes on from its newest whole checkpoint, a finished one is left as it is. Actions are
-    normalised by the quantiles of the whole store, held-out episodes included, as in OpenVLA.
+    normalised by the quantiles of all stores together, held-out episodes included, as in OpenVLA.
     Raises InputError on bad data or settings, when `out` holds another run, when another process is training there,
-    and when the loss stops being finite (the last good checkpoint stays).
+    when memory does not suffice, and when the loss stops being finite (the last good checkpoint stays).
     """
-    data, out = Path(data), Path(out)
-    if done := up_to_date(config, data, out):
+    paths, out = _paths(data), Path(out)
+    inputs, identity = run_inputs(config, paths), config.identity()
+    if done := finished(config, inputs, out):
         return done
-    inputs, identity = run_inputs(config, data), config.identity()
-    store = EpisodeStore.open(data)
-    if len(bad := np.flatnonzero(~np.isfinite(store.action).all(1))):
-        raise InputError(f"{len(bad)} actions are NaN or infinite, the first in row {bad[0]}", where=data, fix=REMAKE)
-    camera = _camera(config, store)
-    _refuse_changes(out, identity, inputs)  # before the lock, which would write into a folder that is no run
-    with _locked(out), _threads(config.threads):
-        _refuse_changes(out, identity, inputs)  # again: another process may have begun here meanwhile
-        run = _Run(config, store, out, camera, inputs)
-        with _stop_flag() as stop:
-            return run.go(stop)
+    opened = Data(config, paths)
+    refuse_changes(out, identity, inputs)  # before the lock, which would write into a folder that is no run
+    devices = Devices(config.device)
+    try:
+        with locked(out) if devices.first else nullcontext(), _threads(config.threads):
+            refuse_changes(out, identity, inputs)  # again: another process may have begun here meanwhile
+            run = _Run(config, opened, out, inputs, devices)
+            with _stop_flag() as stop:
+                return run.go(stop)
+    finally:
+        devices.close()
 
 
-def _camera(config: TrainConfig, store: EpisodeStore) -> str:
-    camera = config.camera or store.cameras[0]
-    if camera not in store.cameras:
-        raise InputError(f"the store has no camera '{camera}'", where=store.path, fix=nearest(camera, store.cameras))
-    return camera
+def _paths(data: Path | str | Sequence[Path]) -> list[Path]:
+    return [Path(data)] if isinstance(data, Path | str) else [Path(one) for one in data]
 
 
 @contextmanager
@@ -315,28 +100,35 @@ def _stop_flag() -> Iterator[threading.Event]:
 
 
 class _Run:
-    """One run in one folder: model, optimizer, rows, and the step it has reached."""
+    """One run in one folder: model, optimizer, data, and the step it has reached."""
 
-    def __init__(
-        self, config: TrainConfig, store: EpisodeStore, out: Path, camera: str, inputs: dict[str, str]
-    ) -> None:
-        self.config, self.out, self.inputs, self.identity = config, out, inputs, config.identity()
-        self.rows, held_out = split_episodes(store, config.val_fraction)
-        spread = np.linspace(0, len(held_out) - 1, min(config.val_rows, len(held_out))).round().astype(int)
-        self.val_rows = held_out[spread]
-        make = action_task if config.objective == "action" else language_task
-        self.task = make(config, store, _start(config), camera)
-        self.model = self.task.model.train()
-        self.optimizer = _optimizer(config, self.model)
-        self.step = 0
+    def __init__(self, config: TrainConfig, data: Data, out: Path, inputs: dict[str, str], devices: Devices) -> None:
+        import torch
+
+        self.config, self.data, self.out, self.inputs, self.devices = config, data, out, inputs, devices
+        self.identity, self.step = config.identity(), 0
         self.metrics: dict[str, Any] = {}
-        if not (out / "run.json").exists():
-            self._write_run(store, camera)
+        self.history: list[tuple[float, int]] = []  # held-out loss and step of every validation
+        self.places = _places(config, devices)
+        self.model, self.objectives = build(config, data, inputs)
+        self.model.to(devices.device).train()
+        self.backbone = getattr(self.model, "backbone", self.model)
+        if config.precision == "bf16":
+            base = self.backbone.base  # query, head and losses stay outside
+            base.forward = torch.autocast(devices.device.type, torch.bfloat16)(base.forward)
+        if config.checkpoint_activations:
+            self.backbone.checkpoint_activations()
+        self.optimizer = make_optimizer(config, self.model)
+        self.losses = devices.share(_losses_module(self.model, self.objectives))
+        self.trackers = self._trackers() if devices.first else []
+        if devices.first and not (out / "run.json").exists():
+            self._write_run()
 
-    def _write_run(self, store: EpisodeStore, camera: str) -> None:
+    def _write_run(self) -> None:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         new, share = self.model.new_parameters() if hasattr(self.model, "new_parameters") else (0, 0.0)
+        mixture = self.data.mixture
         folders.write_json(
             self.out / "run.json",
             {
@@ -346,118 +138,322 @@ class _Run:
                 "identity": self.identity,
                 "inputs": self.inputs,
                 "data": {
-                    "path": store.path,
-                    "camera": camera,
-                    "train_rows": len(self.rows),
-                    "val_rows": len(self.val_rows),
+                    "path": [store.path for store in self.data.stores],
+                    "camera": self.data.cameras,
+                    "weights": mixture.weights,
+                    "train_rows": sum(map(len, mixture.train)),
+                    "val_rows": len(self.data.val.rows),
+                    "dropped_val_episodes": mixture.dropped,
+                    "cut": self.data.cut(),
                 },
                 "parameters": {"total": total, "trained": trained, "new": new, "new_share": share},
+                "devices": {"processes": self.devices.world, "device": str(self.devices.device)},
                 "made_by": folders.provenance(),
             },
         )
+
+    def _trackers(self) -> list[Any]:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        if not self.config.trackers:
+            return []
+        known = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+        if missing := sorted(set(self.config.trackers) - known):
+            listing = ", ".join(sorted(known)) or "none"
+            raise InputError(f"no tracker '{missing[0]}' is installed", fix=f"installed: {listing}")
+        made = []
+        for name in self.config.trackers:
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = {"logging_dir": self.out} if kind.requires_logging_directory else {}
+            tracker = kind(self.out.name, **where)
+            if hasattr(tracker, "start"):
+                tracker.start()
+            made.append(tracker)
+        return made
 
     # --- checkpoints and log
 
     def _save(self) -> Path:
         folder = checkpoint.step_folder(self.out, self.step)
-        checkpoint.save(
-            folder, self.model, optimizer=self.optimizer, step=self.step,
-            config=self.identity, inputs=self.inputs, metrics=self.metrics,
-        )  # fmt: skip
+        if self.devices.first:
+            files = {name: value for one in self.objectives.values() for name, value in one.files.items()}
+            about: dict[str, Any] = {
+                "step": self.step, "config": self.identity, "inputs": self.inputs, "metrics": self.metrics,
+                "files": files,
+            }  # fmt: skip
+            checkpoint.save(folder, self.model, optimizer=self.optimizer, **about)
+            if self.config.ema and self.step == self.config.max_steps:
+                with averaged(self.optimizer):
+                    checkpoint.save(self.out / "ema" / folder.name, self.model, **about)
+            if self.config.keep_last:
+                prune(self.out, self.config.keep_last, min(self.history)[1] if self.history else None)
         return folder
 
     def _resume(self) -> None:
         """Go back to the newest whole checkpoint, and cut the log to it; without one, save the start."""
-        log = self.out / "log.jsonl"
-        whole = [folder for folder in checkpoint.complete(self.out) if (folder / checkpoint.STATE).is_file()]
-        if not whole:
-            log.unlink(missing_ok=True)
-            self._validate()
-            self._save()
-            return
-        checkpoint.fill(self.model, whole[-1])
-        self.step = checkpoint.restore_optimizer(whole[-1], self.model, self.optimizer)
-        self.metrics = folders.read_manifest(whole[-1], checkpoint.KIND)["metrics"]
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        whole_lines = (line for line in lines if line.endswith("\n"))  # a kill may cut the last one short
-        log.write_text("".join(line for line in whole_lines if json.loads(line)["step"] <= self.step))
+        log, devices = self.out / "log.jsonl", self.devices
+        if devices.first:
+            whole = [folder for folder in checkpoint.complete(self.out) if (folder / checkpoint.STATE).is_file()]
+            if not whole:
+                log.unlink(missing_ok=True)
+                self._validate()
+                self._snapshot(None)
+                whole = [self._save()]
+                (reached,) = devices.sum([0.0])
+            else:
+                (reached,) = devices.sum([float(whole[-1].name.removeprefix("step-"))])
+        else:
+            (reached,) = devices.sum([0.0])  # all follow the first
+        folder = checkpoint.step_folder(self.out, int(reached))
+        if reached:
+            checkpoint.fill(self.model, folder)
+            self.step = checkpoint.restore_optimizer(folder, self.model, self.optimizer)
+        self.metrics = folders.read_manifest(folder, checkpoint.KIND)["metrics"]
+        lines = read_log(self.out, self.step)
+        self.history = [(line["validation"]["loss"], line["step"]) for line in lines if "validation" in line]
+        if devices.first:
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        devices.wait()
 
     def _log(self, **values: Any) -> None:
+        if not self.devices.first:
+            return
         with (self.out / "log.jsonl").open("a") as handle:
             handle.write(json.dumps({"step": self.step, **values}) + "\n")
+        flat = {name: value for name, value in values.items() if isinstance(value, float)}
+        for tracker in self.trackers:
+            tracker.log(flat, step=self.step)
 
     def _validate(self) -> None:
-        if not len(self.val_rows):
+        """Measure the main objective on held-out rows; the first process does, and tells the others the loss."""
+        if not len(self.data.val.rows):
             return
-        self.model.eval()
-        self.metrics = self.task.evaluate(self.val_rows)
-        self.model.train()
-        self._log(validation=self.metrics)
+        if self.devices.first:
+            self.model.eval()
+            self.metrics = self._measure()
+            if self.config.ema and self.step:
+                with averaged(self.optimizer):
+                    self.metrics = {**self.metrics, "ema_loss": self._measure()["loss"]}
+            self.model.train()
+            self._log(validation=self.metrics)
+        loss = self.metrics["loss"] if self.devices.first else 0.0
+        if self.step:  # before the first step the others are not listening yet
+            (loss,) = self.devices.sum([loss])
+        self.history.append((loss, self.step))
+
+    def _measure(self) -> dict[str, Any]:
+        objective, data, size = self.objectives[self.config.objective], self.data, self.backbone.image_size
+
+        def batch(places: slice, rng: np.random.Generator) -> Any:
+            mine = data.val.part(places)
+            return objective.make(data.images(mine, size), mine, rng, slice(None))
+
+        return objective.evaluate(batch, len(data.val.rows))
+
+    def _snapshot(self, norms: dict[str, float] | None) -> None:
+        if self.config.snapshots == "none" or not self.devices.first or not trajectory.due(self.step):
+            return
+        folder = self.out / "trajectory" / f"step-{self.step:06d}"
+        trajectory.record(folder, self.model, weights=self.config.snapshots == "weights")
+        self._log(**({"gradient_norms": norms} if norms else {}), snapshot=folder.name)
 
     # --- steps
 
-    def _prepare(self, step: int) -> tuple[np.ndarray, Any]:
-        rows = batch_rows(self.rows, self.config.batch_size, self.config.seed, step)
-        return rows, self.task.batch(rows, np.random.default_rng([self.config.seed, step]))
+    def _prepare(self, step: int) -> tuple[Draw, list[dict[str, Any]]]:
+        """The global draw of a step, and the inputs of each objective for each of this process's parts of it."""
+        draw, made, data, size = self.data.batch(step), [], self.data, self.backbone.image_size
+        for part in self.places:
+            mine = draw.part(part)
+            if self.config.skip_corrupt:
+                mine = data.readable(mine, size)
+                draw.which[part], draw.rows[part] = mine
+            images = data.augmented(data.images(mine, size), step, part.start)
+            made.append({
+                name: objective.make(images, draw, np.random.default_rng([self.config.seed, step, *key]), part)
+                for key, (name, objective) in zip(_KEYS, self.objectives.items(), strict=False)
+            })  # fmt: skip
+        return draw, made
 
     def go(self, stop: threading.Event) -> Path:
         """Train to the last step, or to Ctrl-C (then saves and raises KeyboardInterrupt)."""
         self._resume()
         config, folder = self.config, checkpoint.step_folder(self.out, self.step)
-        # The next batch is decoded while this one is computed; a batch depends on its step alone, so order is safe.
+        # Further batches are prepared while one is computed; a batch depends on its step alone, so order is safe.
         with (
-            ThreadPoolExecutor(1) as pool,
+            ThreadPoolExecutor(config.workers) as pool,
             progress(total=config.max_steps, what=f"train {config.objective}", unit="step") as bar,
         ):
             bar.initial = bar.n = self.step
-            ahead = pool.submit(self._prepare, self.step)
-            began, done_before = time.perf_counter(), self.step
-            while self.step < config.max_steps:
-                rows, batch = ahead.result()
-                if self.step + 1 < config.max_steps:
-                    ahead = pool.submit(self._prepare, self.step + 1)
-                losses, norm, rate = self._update(rows, batch)
+            coming = iter(range(self.step, config.max_steps))
+            ahead = deque(pool.submit(self._prepare, step) for step in islice(coming, config.workers))
+            began, done_before, waited, over = time.perf_counter(), self.step, 0.0, False
+            while self.step < config.max_steps and not over:
+                asked = time.perf_counter()
+                draw, parts = ahead.popleft().result()
+                waited += time.perf_counter() - asked
+                ahead.extend(pool.submit(self._prepare, step) for step in islice(coming, 1))
+                losses, norm, rate = self._update(draw, parts)
                 self.step += 1
                 bar.update(1)
-                if self.step % config.log_every == 0 or self.step == config.max_steps:
-                    bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
-                    speed = (self.step - done_before) * config.batch_size / (time.perf_counter() - began)
-                    self._log(**losses, lr=rate, grad_norm=norm, samples_per_s=round(speed, 1))
+                (stopping,) = self.devices.sum([float(stop.is_set())])
                 last = self.step == config.max_steps
+                if self.step % config.log_every == 0 or last:
+                    bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
+                    taken = time.perf_counter() - began
+                    speed = (self.step - done_before) * config.batch_size / taken
+                    self._log(
+                        **losses, lr=rate, grad_norm=norm, samples_per_s=round(speed, 1),
+                        waiting=round(waited / taken, 4), memory_gb=round(self._memory(), 3),
+                        **({"skipped": self.data.skipped} if config.skip_corrupt else {}),
+                    )  # fmt: skip
+                best = False
                 if last or (config.val_every and self.step % config.val_every == 0):
                     self._validate()
-                if last or stop.is_set() or (config.save_every and self.step % config.save_every == 0):
+                    best = bool(self.history) and min(self.history)[1] == self.step
+                    over = self._no_better()
+                wanted = config.save_every and self.step % config.save_every == 0
+                if last or over or stopping or wanted or (best and config.keep_last):
                     folder = self._save()
-                if stop.is_set() and not last:
+                if over and not last and self.devices.first:
+                    folders.write_json(self.out / STOPPED, {"step": self.step, "why": f"patience {config.patience}"})
+                if stopping and not last:
                     raise KeyboardInterrupt
+            for tracker in self.trackers:
+                tracker.finish()
+            for future in ahead:
+                future.cancel()
+        self.devices.wait()
         return folder
 
-    def _update(self, rows: np.ndarray, batch: Any) -> tuple[dict[str, float], float, float]:
+    def _no_better(self) -> bool:
+        """Whether the last `patience` validations were all no better than the best one before."""
+        patience = self.config.patience
+        losses = [loss for loss, step in self.history if step]
+        return bool(patience) and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
+
+    def _memory(self) -> float:
+        """Largest memory held so far in this process, in GB (1e9): of the GPU, or resident."""
+        import torch
+
+        if self.devices.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def _update(self, draw: Draw, parts: list[dict[str, Any]]) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns the losses, the gradient norm before clipping, and the rate."""
         import torch
 
-        rate = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_rates(self.config, self.optimizer, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = self.task.loss(batch)
-        losses = {name: float(value.detach()) for name, value in parts.items()}
+        with self._own_randomness():
+            try:
+                losses = self._backward(parts)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                    raise self._too_large() from error
+                raise
         if not math.isfinite(losses["loss"]):
-            self._diverged(f"the loss is {losses['loss']}", rows)
-        parts["loss"].backward()
+            self._diverged(f"the loss is {losses['loss']}", draw)
+        snapshot = self.config.snapshots != "none" and trajectory.due(self.step + 1)
+        norms = trajectory.gradient_norms(self.model) if snapshot else None
         limit = self.config.clip or math.inf
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
-            self._diverged(f"the gradient norm is {norm}", rows)
+            self._diverged(f"the gradient norm is {norm}", draw)
         self.optimizer.step()
+        if self.config.ema:
+            average(self.optimizer, self.config.ema)
+        if snapshot:
+            self.step += 1
+            self._snapshot(norms)
+            self.step -= 1
         return losses, norm, rate
 
-    def _diverged(self, what: str, rows: np.ndarray) -> None:
-        shown = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+    def _backward(self, parts: list[dict[str, Any]]) -> dict[str, float]:
+        """Gradients of the global batch's loss: parts weighted by what they are means of. Returns its losses."""
+        names, weights, world = list(self.objectives), self.config.objectives(), self.devices.world
+        counts = [[self.objectives[name].count(part[name]) for name in names] for part in parts]
+        totals = self.devices.sum([float(sum(column)) for column in zip(*counts, strict=True)])
+        values: dict[str, float] = {}
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            with self.devices.local(self.losses, wait=number + 1 < len(parts)):
+                found = self.losses(part)
+                total: Any = 0
+                for name, own, whole in zip(names, count, totals, strict=True):
+                    share = own / whole
+                    total = total + found[name]["loss"] * (weights[name] * share * world)
+                    for key, value in found[name].items():
+                        label = key if name == names[0] else name if key == "loss" else f"{name}_{key}"
+                        values[label] = values.get(label, 0.0) + float(value.detach()) * share
+                total.backward()
+        summed = dict(zip(values, self.devices.sum(list(values.values())), strict=True))
+        if len(names) > 1:
+            first = {names[0]: summed["loss"]}
+            summed |= {**first, "loss": sum(weights[name] * {**summed, **first}[name] for name in names)}
+        return summed
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Dropout drawn from (seed, step, process), and torch's global state left alone."""
+        import torch
+
+        if not self.config.dropout:
+            yield
+            return
+        gpus = [self.devices.device] if self.devices.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
+            state = np.random.SeedSequence([self.config.seed, self.step, self.devices.rank]).generate_state(1)
+            torch.manual_seed(int(state[0]))
+            yield
+
+    def _too_large(self) -> InputError:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        fixed = (16 * trained + 4 * sum(p.numel() for p in self.model.parameters() if not p.requires_grad)) / 1e9
+        each = len(range(*self.places[0].indices(self.config.batch_size)))
+        return InputError(
+            f"out of memory at step {self.step} with {each} samples at once; weights, gradients and optimizer alone "
+            f"take {fixed:.3g} GB",
+            where=self.out,
+            fix=f"give another --out and --accumulate {self.config.accumulate * 2}, checkpoint_activations, "
+            "precision bf16, freeze or lora",
+        )
+
+    def _diverged(self, what: str, draw: Draw) -> None:
         whole = checkpoint.complete(self.out)
         raise InputError(
-            f"{what} at step {self.step}, on rows {shown}",
+            f"{what} at step {self.step}, on rows {draw}",
             where=self.out,
             fix=f"lower the learning rate; the last good checkpoint is {whole[-1].name if whole else 'none'}",
         )
+
+
+_KEYS = ((), (1,), (2,))  # of the generators of a run's objectives
+
+
+def _places(config: TrainConfig, devices: Devices) -> list[slice]:
+    """The places of every global batch that this process handles, in its parts. Raises InputError."""
+    mine = rank_slice(config.batch_size, devices.rank, devices.world)
+    each = mine.stop - mine.start
+    if each % config.accumulate:
+        what = f"{each} samples of a process do not divide into {config.accumulate} parts"
+        raise InputError(what, fix="change accumulate or batch_size")
+    size = each // config.accumulate
+    return [slice(start, start + size) for start in range(mine.start, mine.stop, size)]
+
+
+def _losses_module(model: Any, objectives: dict[str, Any]) -> Any:
+    """A module whose forward gives every objective's losses, as DistributedDataParallel needs one."""
+    import torch
+
+    class Losses(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, parts: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+            return {name: objective.loss(parts[name]) for name, objective in objectives.items()}
+
+    return Losses()
