@@ -109,21 +109,41 @@ def check_conventions(policy: ActionConvention, benchmark: ActionConvention, *, 
         )
 
 
+def check_seen(domains: Sequence[str], benchmark: Benchmark, *, where: object) -> None:
+    """Raise InputError when a policy was trained in a look (`domains`) that the benchmark keeps for the test."""
+    if seen := sorted(benchmark.kept_for_test & set(domains)):
+        raise InputError(
+            f"the policy was trained in look {', '.join(seen)}, which {benchmark.protocol} keeps for the test",
+            where=where,
+            fix=f"train on demonstrations in {', '.join(benchmark.train_domains)} (`vlm4vla record --domains`)",
+        )
+
+
 def rollout(
-    benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]], *, parallel: int = 64
+    benchmark: Benchmark,
+    actor: Actor,
+    cells: Sequence[tuple[str, int]],
+    *,
+    parallel: int = 64,
+    watch: Callable[[BatchedEnv], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run the episodes `cells` = [(task, episode), …] and yield one row (a dict of EPISODE_COLUMNS) for each, in order.
 
-    parallel: episodes stepped together; the outcome of an episode does not depend on it.
+    parallel: episodes stepped together; the outcome of an episode does not depend on it. watch: called with the worlds
+    before every step and at the end.
     wall_s: the group's time shared out evenly, since its episodes run together.
     """
     with progress(total=len(cells), what=f"evaluate {actor.labels['model']}", unit="episode") as bar:
         for start in range(0, len(cells), parallel):
-            yield from _rollout_group(benchmark, actor, cells[start : start + parallel], bar.update)
+            yield from _rollout_group(benchmark, actor, cells[start : start + parallel], bar.update, watch)
 
 
 def _rollout_group(
-    benchmark: Benchmark, actor: Actor, cells: Sequence[tuple[str, int]], finished: Callable[[int], Any]
+    benchmark: Benchmark,
+    actor: Actor,
+    cells: Sequence[tuple[str, int]],
+    finished: Callable[[int], Any],
+    watch: Callable[[BatchedEnv], None] | None,
 ) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     tasks = [task for task, _ in cells]
@@ -132,6 +152,8 @@ def _rollout_group(
     rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # a baseline's own stream, apart from the world's
     chunk, phase = np.zeros((len(cells), actor.execute, benchmark.convention.size)), np.full(len(cells), actor.execute)
     while env.running.any():
+        if watch:
+            watch(env)
         phase[env.renewed] = actor.execute  # new words: look again
         fresh = np.flatnonzero(env.running & (phase == actor.execute))
         if len(fresh):
@@ -146,6 +168,8 @@ def _rollout_group(
         phase[rows] += 1
         env.step(actions)
         finished(len(rows) - int(env.running.sum()))
+    if watch:
+        watch(env)
     seconds = (time.perf_counter() - began) / len(cells)
     for i, (task, episode) in enumerate(cells):
         row = dict.fromkeys(EPISODE_COLUMNS)
@@ -179,10 +203,7 @@ def evaluate(
     from vlm4vla_core.sims import benchmark as find_benchmark
 
     bench = find_benchmark(protocol)
-    chosen = tuple(dict.fromkeys(tasks)) or bench.tasks
-    for task in chosen:
-        if task not in bench.tasks:
-            raise InputError(f"{protocol} has no task '{task}'", fix=nearest(task, bench.tasks))
+    chosen = _chosen(bench, tasks)
     if episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {episodes}")
     cells = [(task, episode) for task in chosen for episode in range(episodes)]
@@ -202,6 +223,86 @@ def evaluate(
         rows = _save(out, rows, group, config, inputs)
     assert rows is not None
     return rows
+
+
+def _chosen(bench: Benchmark, tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks to run, each once; all when none is named. Raises InputError on an unknown one."""
+    for task in tasks:
+        if task not in bench.tasks:
+            raise InputError(f"{bench.protocol} has no task '{task}'", fix=nearest(task, bench.tasks))
+    return tuple(dict.fromkeys(tasks)) or bench.tasks
+
+
+def film(
+    policy: str | Path,
+    protocol: str,
+    path: Path,
+    *,
+    tasks: Sequence[str] = (),
+    episodes: Sequence[int] = (0,),
+    execute: int | None = None,
+    data: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Run the numbered episodes of each task once more, one at a time, and write what the policy's camera saw as .mp4
+    or .gif, under the instruction, with the outcome at the end. Returns their rows. Raises InputError as `evaluate`."""
+    from vlm4vla_core.film import captioned, check_ending, write_video
+    from vlm4vla_core.sims import benchmark as find_benchmark
+
+    check_ending(path)
+    bench = find_benchmark(protocol)
+    actor = _make_actor(policy, bench, execute, data)
+    camera = actor.policy.config.camera if isinstance(actor, PolicyActor) else bench.cameras[0]
+    frames: list[np.ndarray] = []
+    rows: list[dict[str, Any]] = []
+    for cell in [(task, episode) for task in _chosen(bench, tasks) for episode in episodes]:
+        seen: list[tuple[np.ndarray, str]] = []
+
+        def watch(env: BatchedEnv, seen: list[tuple[np.ndarray, str]] = seen) -> None:
+            seen.append((env.observe([0], camera)[0], env.instructions[0]))
+
+        rows += rollout(bench, actor, [cell], watch=watch)
+        frames += [captioned(picture, words) for picture, words in seen]
+        frames += [captioned(*seen[-1], outcome=_told(rows[-1]))] * round(bench.convention.control_hz)
+    write_video(path, frames, fps=float(bench.convention.control_hz))
+    return rows
+
+
+def _told(row: dict[str, Any]) -> str:
+    """An episode's outcome in words."""
+    if row["chain"] is not None:
+        return f"{row['chain']} of 5 done in {row['steps']} steps"
+    return f"{'reached' if row['success'] else 'not reached'} in {row['steps']} steps"
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Chains of instructions: mean number done in a row with its 95 % interval over chains, and per number k the share
+    of chains with at least k done (`rates`: at_least, rate, low, high; Wilson)."""
+
+    n: int
+    mean: float
+    interval: tuple[float, float]
+    rates: tuple[dict[str, float], ...]
+
+
+def chain_summary(lengths: np.ndarray, longest: int = 5) -> Chains:
+    """Summary of chain lengths (n,), each 0…longest."""
+    from vlm4vla_core.results import wilson
+
+    lengths, n = np.asarray(lengths, float), len(lengths)
+    rates = []
+    for k in range(1, longest + 1):
+        count = int((lengths >= k).sum())
+        rates.append({"at_least": k, "rate": count / n, **wilson(count, n)._asdict()})
+    return Chains(n, float(lengths.mean()), bounded_mean(lengths, float(longest)), tuple(rates))
+
+
+def bounded_mean(values: np.ndarray, high: float) -> tuple[float, float]:
+    """95 % interval of the mean of values in [0, high]: the normal one after adding two values of 0 and two of `high`,
+    so that equal values do not give a width of nothing (for 0 and 1 it is that of Agresti and Coull 1998)."""
+    more = np.concatenate([values, [0.0, 0.0, high, high]])
+    half = 1.959964 * more.std() / np.sqrt(len(more))
+    return max(0.0, float(more.mean() - half)), min(high, float(more.mean() + half))
 
 
 def _identify(policy: str | Path, data: Path | None) -> tuple[str, dict[str, str]]:
@@ -250,6 +351,10 @@ def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data:
     folder = checkpoint.resolve(Path(policy))
     model = VLAPolicy.load(folder)
     check_conventions(model.config.convention, bench.convention, where=folder)
+    check_seen(model.backbone.lineage.get("domains", ()), bench, where=folder)
+    if model.config.camera not in bench.cameras:
+        what = f"the policy looks through camera '{model.config.camera}', and {bench.protocol} has none of that name"
+        raise InputError(what, where=folder, fix=f"train with --camera {' or '.join(bench.cameras)}")
     chunk = model.config.chunk
     carried_out = next(length for length in (execute, bench.execute, chunk) if length is not None)
     if not 1 <= carried_out <= chunk:

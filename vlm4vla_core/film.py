@@ -17,8 +17,9 @@ from vlm4vla_core.errors import InputError
 _LINE = 22  # pixels of the text line
 
 
-def captioned(frame: np.ndarray, text: str, *, scale_to: int = 224) -> np.ndarray:
-    """A frame uint8 (H, W, 3), enlarged by a whole factor to at least `scale_to` pixels of height, under its text."""
+def captioned(frame: np.ndarray, text: str, *, outcome: str = "", scale_to: int = 224) -> np.ndarray:
+    """A frame uint8 (H, W, 3), enlarged by a whole factor to at least `scale_to` pixels of height, under its text;
+    `outcome` is written over its lower edge."""
     from PIL import Image, ImageDraw, ImageFont
 
     factor = max(1, -(-scale_to // frame.shape[0]))
@@ -31,7 +32,17 @@ def captioned(frame: np.ndarray, text: str, *, scale_to: int = 224) -> np.ndarra
     while size > 8 and draw.textlength(text, font=ImageFont.load_default(size)) > sheet.width - 8:
         size -= 1
     draw.text((4, 2), text, fill="black", font=ImageFont.load_default(size))
+    if outcome:
+        font = ImageFont.load_default(15)
+        draw.rectangle((0, sheet.height - _LINE, draw.textlength(outcome, font=font) + 12, sheet.height), fill="black")
+        draw.text((6, sheet.height - _LINE + 2), outcome, fill="white", font=font)
     return np.asarray(sheet)
+
+
+def check_ending(path: Path) -> None:
+    """Raise InputError unless the name is that of a film."""
+    if path.suffix not in (".mp4", ".gif"):
+        raise InputError(f"a film ends in .mp4 or .gif, not '{path.suffix}'", where=path)
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
@@ -39,8 +50,7 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
 
     Raises InputError on another ending and on no frames.
     """
-    if path.suffix not in (".mp4", ".gif"):
-        raise InputError(f"a film ends in .mp4 or .gif, not '{path.suffix}'", where=path)
+    check_ending(path)
     if not len(frames):
         raise InputError("no frames for a film", where=path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,9 @@ class LineBenchmark:
     convention: ActionConvention = LINE
     action_limit: tuple[float, ...] = (1.0,) * 7
     execute: int | None = None
+    cameras: tuple[str, ...] = ("front",)
+    kept_for_test: frozenset[str] = frozenset({"D"})
+    train_domains: tuple[str, ...] = ("A",)
 
     def env_seed(self, task: str, episode: int) -> int:
         return {"near": 0, "far": 100}[task] + episode

@@ -22,6 +22,7 @@ from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, step_limit
 from vlm4vla_core.sims.tabletop.looks import LOOKS
+from vlm4vla_core.sims.tabletop.render import CAMERAS
 from vlm4vla_core.sims.tabletop.scenes import CHAIN, LONG
 from vlm4vla_core.sims.tabletop.tasks import FAMILIES, TASKS
 
@@ -69,6 +70,16 @@ class Benchmark:
     success_rule: str = "any_step"
     execute: int | None = None
     held_out: bool = False
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Cameras that a policy may have learnt from."""
+        return CAMERAS
+
+    @property
+    def kept_for_test(self) -> set[str]:
+        """Looks that no policy tested here may have been trained in."""
+        return set(self.domains) - set(self.train_domains)
 
     @property
     def protocol(self) -> str:

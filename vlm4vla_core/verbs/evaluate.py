@@ -8,12 +8,16 @@ Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-tasks@1 --tasks mov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Args:
     """Episode store, for mean-action."""
     out: Path | None = None
     """Folder of the rows; by default eval/… beside the checkpoints, or runs/eval/<baseline>/<benchmark>."""
+    video: Path | None = None
+    """Also film episodes of each task, with instruction and outcome, to this file (.mp4 or .gif)."""
+    filmed: tuple[int, ...] = (0,)
+    """Numbers of the episodes that are filmed."""
     json: Path | None = None
     """Also write the per-task table and the protocol as JSON."""
 
@@ -41,10 +49,12 @@ def run(args: Args) -> int:
         from vlm4vla_core.vqa.benchmark import run as ask  # questions, not rollouts
 
         return ask(args)
-    from vlm4vla_core.evaluation import evaluate
-    from vlm4vla_core.results import success_table, wilson
-    from vlm4vla_core.sims import coverage
+    from vlm4vla_core.evaluation import evaluate, film
+    from vlm4vla_core.film import check_ending
+    from vlm4vla_core.results import wilson
 
+    if args.video:
+        check_ending(args.video)
     out = args.out or _default_out(args)
     rows = evaluate(
         args.policy, args.benchmark, out,
@@ -53,30 +63,56 @@ def run(args: Args) -> int:
     wanted = rows[rows["episode"] < args.episodes]
     if args.tasks:
         wanted = wanted[wanted["task"].isin(args.tasks)]
-    table = success_table(wanted, ["task"])
     k, n = int(wanted["success"].sum()), len(wanted)
-    low, high = wilson(k, n)
-    part = coverage(args.benchmark, wanted["task"])
-    print(f"{args.policy} on {args.benchmark}, {part}; success rule {wanted['success_rule'].iloc[0]}, Wilson intervals")
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print(f"together: {k} of {n} = {k / n:.3f} [{low:.3f}, {high:.3f}]; rows in {out / 'rows.parquet'}")
+    protocol = folders.read_manifest(out, "rollouts")["config"]["benchmark"]
+    found = {"episodes": n, "successes": k, "rate": k / n, "interval": list(wilson(k, n))}
+    found |= _tell(args, wanted, protocol, found)
+    print(f"rows in {out / 'rows.parquet'}")
     if args.json:
-        manifest = folders.read_manifest(out, "rollouts")
-        folders.write_json(
-            args.json,
-            {
-                "policy": args.policy,
-                "benchmark": manifest["config"]["benchmark"],
-                "coverage": part,
-                "episodes": n,
-                "successes": k,
-                "rate": k / n,
-                "interval": [low, high],
-                "tasks": table.to_dict("records"),
-                "rows": str(out / "rows.parquet"),
-            },
-        )
+        summary = {"policy": args.policy, "benchmark": protocol, **found, "rows": str(out / "rows.parquet")}
+        folders.write_json(args.json, summary)
+    if args.video:
+        film(
+            args.policy, args.benchmark, args.video,
+            tasks=args.tasks, episodes=args.filmed, execute=args.execute, data=args.data,
+        )  # fmt: skip
+        print(f"film: {args.video}")
     return 0
+
+
+def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Print the result; returns what the JSON has beside the overall rate."""
+    from vlm4vla_core.evaluation import bounded_mean, chain_summary
+    from vlm4vla_core.results import success_table
+    from vlm4vla_core.sims import coverage
+    from vlm4vla_core.sims.tabletop.scenes import LONG
+
+    table, part = success_table(rows, ["task"]), coverage(args.benchmark, rows["task"])
+    print(f"{args.policy} on {args.benchmark}, {part}; success rule {rows['success_rule'].iloc[0]}, Wilson intervals")
+    looks = f"looks {', '.join(protocol['domains'])} (training: {', '.join(protocol['train_domains'])})"
+    size, version = protocol["image_size"], protocol["world_version"]
+    print(f"{protocol['title']}; {looks}, {size} px, built-in world version {version}")
+    partial = rows["partial"].astype(float)
+    if set(rows["task"]) <= set(LONG):
+        spread = {task: bounded_mean(partial[rows["task"] == task].to_numpy(), 1.0) for task in table["task"]}
+        table["partial"] = [float(partial[rows["task"] == task].mean()) for task in table["task"]]
+        table["partial_low"], table["partial_high"] = zip(*spread.values(), strict=True)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    told = {"coverage": part, "tasks": table.to_dict("records")}
+    (low, high), n = found["interval"], found["episodes"]
+    print(f"together: {found['successes']} of {n} = {found['rate']:.3f} [{low:.3f}, {high:.3f}]", end="; ")
+    if rows["chain"].notna().any():
+        chains = chain_summary(rows["chain"].dropna().to_numpy(int))
+        low, high = chains.interval
+        print(f"mean length {chains.mean:.2f} of 5 [{low:.2f}, {high:.2f}] over {chains.n} chains, and of them reached")
+        for step in chains.rates:
+            print("  {at_least} or more: {rate:.3f} [{low:.3f}, {high:.3f}]".format(**step))
+        told["chains"] = asdict(chains)
+    elif "partial" in table:
+        low, high = bounded_mean(partial.to_numpy(), 1.0)
+        print(f"share of what was asked: {partial.mean():.3f} [{low:.3f}, {high:.3f}]", end="; ")
+        told["partial"] = {"mean": float(partial.mean()), "interval": [low, high]}
+    return told
 
 
 def _default_out(args: Args) -> Path:

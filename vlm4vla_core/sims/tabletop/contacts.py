@@ -44,7 +44,9 @@ class Scene:
         apart = length(self.objects[..., :2] - new[:, None, :2])
         over = (apart < (radius + w.FOOTPRINT)[:, None]) & (bottom[:, None] >= top - w.TOLERANCE)
         floor = np.where(over & self.present & ~carried, top, -np.inf).max(1)
-        over = (length(_at_switch(self.knob) - new[:, :2]) < radius + w.KNOB_RADIUS) & (bottom >= w.KNOB_HEIGHT - w.TOLERANCE)
+        over = (length(_at_switch(self.knob) - new[:, :2]) < radius + w.KNOB_RADIUS) & (
+            bottom >= w.KNOB_HEIGHT - w.TOLERANCE
+        )
         floor = np.maximum(floor, np.where(over, w.KNOB_HEIGHT, -np.inf)) + (self.gripper[:, 2] - bottom)
         new[:, 2] = np.maximum(new[:, 2], np.where(self.open, -np.inf, floor))
         self.objects = np.where(carried[..., None], self.objects + (new - self.gripper)[:, None], self.objects)

@@ -19,7 +19,7 @@ import numpy as np
 
 from vlm4vla_core.errors import InputError
 
-VERSION = 1  # raise it with every change to scenes, physics, expert or looks: stores recorded before become stale
+VERSION = 2  # raise it with every change to scenes, physics, expert or looks: stores recorded before become stale
 SLOTS = 4  # object slots per world; an absent object has kind -1
 PLATES = 2
 KINDS = ("cube", "ball", "cylinder")
