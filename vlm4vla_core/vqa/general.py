@@ -74,26 +74,26 @@ def _listed(words: tuple[str, ...]) -> str:
 def _colour(view: Sight) -> Groups:
     split = [name.split() for name in view.names]
     shapes = [shape for _, shape in split]
-    ask = "What color is the {}: " + _listed(world.COLOURS) + "?"
-    return [[(ask.format(shape), colour) for colour, shape in split if shapes.count(shape) == 1]]
+    form = "What color is the {}: " + _listed(world.COLOURS) + "?"
+    return [[(form.format(shape), colour) for colour, shape in split if shapes.count(shape) == 1]]
 
 
 def _shape(view: Sight) -> Groups:
-    ask = "What shape is the {} object: " + _listed(world.KINDS) + "?"
-    return [[(ask.format(colour), shape) for colour, shape in map(str.split, view.names)]]
+    form = "What shape is the {} object: " + _listed(world.KINDS) + "?"
+    return [[(form.format(colour), shape) for colour, shape in map(str.split, view.names)]]
 
 
 def _count(view: Sight) -> Groups:
     shapes = [name.split()[1] for name in view.names]
-    ask = "How many {}s are there: " + _listed(NUMBERS[: world.SLOTS + 1]) + "?"
-    return [[(ask.format(shape), NUMBERS[shapes.count(shape)]) for shape in world.KINDS]]
+    form = "How many {}s are there: " + _listed(NUMBERS[: world.SLOTS + 1]) + "?"
+    return [[(form.format(shape), NUMBERS[shapes.count(shape)]) for shape in world.KINDS]]
 
 
-def _pairs(view: Sight, value: np.ndarray, margin: float, ask: str) -> Groups:
+def _pairs(view: Sight, value: np.ndarray, margin: float, form: str) -> Groups:
     """Yes-or-no questions on all ordered pairs whose values differ by more than `margin`; yes for the lower one."""
     names = view.names
     clear = [(i, j) for i in range(len(names)) for j in range(len(names)) if abs(value[i] - value[j]) > margin]
-    return [[(ask.format(names[i], names[j]), "yes" if value[i] < value[j] else "no") for i, j in clear]]
+    return [[(form.format(names[i], names[j]), "yes" if value[i] < value[j] else "no") for i, j in clear]]
 
 
 def _left(view: Sight) -> Groups:
@@ -119,11 +119,11 @@ def _where(view: Sight) -> Groups:
     groups = []
     for names, places in ((view.names, view.places), (view.plates, flat)):
         cells = np.floor(view.camera.project(places)[0] * (COLUMNS, ROWS)).astype(int)  # (k, 2)
-        inside = ((cells >= 0) & (cells < (COLUMNS, ROWS))).all(1)
-        ask = f"Where is the {{}}, in column one to {NUMBERS[COLUMNS]} and row one to {NUMBERS[ROWS]}?"
+        inside = np.all((cells >= 0) & (cells < (COLUMNS, ROWS)), axis=1).tolist()
+        form = f"Where is the {{}}, in column one to {NUMBERS[COLUMNS]} and row one to {NUMBERS[ROWS]}?"
         groups.append(
             [
-                (ask.format(name), f"column {NUMBERS[x + 1]} row {NUMBERS[y + 1]}")
+                (form.format(name), f"column {NUMBERS[x + 1]} row {NUMBERS[y + 1]}")
                 for name, (x, y), whole in zip(names, cells, inside, strict=True)
                 if whole
             ]
