@@ -99,7 +99,7 @@ def _call(verb: str, words: list[str]) -> int:
 
 def _check_outputs(args: object) -> None:
     """Refuse impossible output paths before the work, not after it."""
-    for name in ("json", "sheet", "plot"):
+    for name in ("json", "sheet", "plot", "html", "video"):
         path = getattr(args, name, None)
         if path is not None and path.is_dir():
             raise InputError(f"--{name} names a folder, not a file", where=path)

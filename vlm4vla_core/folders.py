@@ -111,7 +111,7 @@ def read_json(path: Path, *, fix: str = "") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("file not found", where=path, fix=fix) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also nested too deeply, or a number of thousands of digits
         raise InputError(f"not valid JSON ({error})", where=path, fix=fix or "restore or remake the file") from None
 
 
@@ -262,7 +262,7 @@ def refuse_other(folder: Path, kind: str, *, name: str = MANIFEST) -> None:
         if error.fix == _UPDATE:
             raise
         return
-    what = f"this folder holds a {_THINGS.get(kind, kind)} made with other settings or from other inputs"
+    what = f"this folder holds another {_THINGS.get(kind, kind)}, made with other settings or from other inputs"
     raise InputError(what, where=folder, fix="give another --out, or remove it")
 
 

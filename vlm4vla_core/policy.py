@@ -73,6 +73,9 @@ class PolicyConfig:
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
             if len(getattr(self, name)) != self.convention.size:
                 raise InputError(f"{name} has {len(getattr(self, name))} values for {self.convention.size} dimensions")
+        if np.isnan([self.convention.gripper_open, self.convention.gripper_closed]).any():
+            what = "the actions' convention does not say what opens the gripper, so no policy can be trained on them"
+            raise InputError(what, fix="convert the data again and say what they mean (`vlm4vla convert --convention`)")
         choices = {"head": tuple(HEADS), "arm_loss": ("huber", "l1", "l2"), "normalisation": NORMALISATIONS}
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -82,6 +82,10 @@ def test_impossible_outputs_are_refused_before_the_work(tmp_path, capsys: pytest
     (tmp_path / "file").write_text("mine")
     assert main(["correlate", "--json", str(tmp_path)]) == 2
     assert "--json names a folder" in capsys.readouterr().err
+    assert main(["inspect", "nowhere", "--html", str(tmp_path)]) == 2
+    assert "--html names a folder" in capsys.readouterr().err
+    assert main(["record", "tabletop", "--episodes", "1", "--out", "never", "--video", str(tmp_path)]) == 2
+    assert "--video names a folder" in capsys.readouterr().err
     assert main(["record", "tabletop", "--episodes", "1", "--out", str(tmp_path / "file")]) == 2
     assert "--out names a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"

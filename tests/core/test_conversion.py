@@ -18,6 +18,7 @@ from toy_source import ToySource, made, write_toy
 
 from vlm4vla_core import folders
 from vlm4vla_core.episodes import assemble, conversion, writer
+from vlm4vla_core.episodes.source import Unit
 from vlm4vla_core.episodes.store import EpisodeStore, write_store
 from vlm4vla_core.episodes.writer import Recipe
 from vlm4vla_core.errors import InputError
@@ -232,3 +233,12 @@ def test_nothing_to_convert_says_why_and_leaves_nothing(tmp_path: Path):
     with pytest.raises(InputError, match=r"no episodes to convert .*; 3 episodes without language left out"):
         convert(source, tmp_path / "s")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_no_more_processes_than_there_is_work_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conversion, "cores", lambda: 4)
+    recorded = [Unit(str(index), "train", ()) for index in range(100)]
+    assert [conversion.enough(recorded[:n]) for n in (1, 3, 4, 8, 100)] == [1, 1, 2, 3, 4]
+    with (tmp_path / "large").open("wb") as handle:
+        handle.truncate(20 << 20)
+    assert conversion.enough([Unit("a", "train", (tmp_path / "large",))]) == 3

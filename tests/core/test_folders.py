@@ -181,3 +181,10 @@ def test_fingerprints_that_are_known_are_not_taken_again(tmp_path: Path) -> None
     manifest = folders.write_manifest(tmp_path, "thing", config={}, inputs={}, known={"a": "0123"})
     assert manifest["files"]["a"]["sha256"] == "0123"
     assert manifest["files"]["b"]["sha256"] == hashlib.sha256(b"b").hexdigest()[:16]
+
+
+@pytest.mark.parametrize("text", ["{", "\xff", "[" * 100_000, "1" * 5_000])
+def test_what_is_no_json_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"not valid JSON.*a\.json"):
+        folders.read_json(tmp_path / "a.json")

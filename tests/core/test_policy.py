@@ -165,6 +165,9 @@ def test_what_does_not_fit_is_refused():
         replace(policy.config, q01=(0.0, 1.0))
     with pytest.raises(InputError, match="unknown head 'flaw'; did you mean 'flow'"):
         replace(policy.config, head="flaw")
+    for unsaid in ("gripper_open", "gripper_closed"):
+        with pytest.raises(InputError, match="does not say what opens the gripper"):
+            replace(policy.config, convention=replace(policy.config.convention, **{unsaid: float("nan")}))
     for bad in ({"chunk": 0}, {"clip": 0.0}, {"flow_steps": 0}):
         with pytest.raises(InputError, match="use a positive number"):
             replace(policy.config, **bad)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm4vla_core.actions import CALVIN
-from vlm4vla_core.episodes import calvin
+from vlm4vla_core.episodes import calvin, conversion
 from vlm4vla_core.episodes.calvin import CalvinSource, open_calvin, read_npz
 from vlm4vla_core.episodes.source import Skipped
 from vlm4vla_core.episodes.transforms import calvin_relative
@@ -125,7 +125,12 @@ def test_units_are_runs_of_annotations(tmp_path: Path, monkeypatch: pytest.Monke
         ("training-000003", ("train", 3, 6)),
         ("training-000006", ("train", 6, 7)),
     ]
-    assert units[2].files == (part / "lang_annotations" / "auto_lang_ann.npy", part / "episode_0000006.npz")
+    frames = [part / f"episode_{index:07d}.npz" for index in (6, 7, 8)]
+    assert list(units[2].files) == [part / "lang_annotations" / "auto_lang_ann.npy", *frames]
+    before = [conversion.stamp(source, unit) for unit in units]
+    os.utime(frames[1], ns=(1, 1))  # of no annotation's first frame, and read by two units
+    after = [conversion.stamp(source, unit) for unit in units]
+    assert [one != other for one, other in zip(before, after, strict=True)] == [False, True, True]
     assert len(kept(source)) == 7
 
 

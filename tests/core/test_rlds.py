@@ -102,6 +102,8 @@ def test_cameras(tmp_path: Path):
         read(folder, cameras=("image_7",))
     with pytest.raises(InputError, match="nothing but black images from image_1"):
         black_cameras(open_rlds(only(tmp_path / "black", bridge_episode(0))), ["train"], ("image_1",))
+    nothing = only(tmp_path / "nothing", bridge_episode(0, language_instruction=[b""] * 4))
+    assert black_cameras(open_rlds(nothing), ["train"], ("image_1",)) == ()  # it has no episode that is kept
 
 
 def test_black_cameras_are_looked_for_all_over_the_data(tmp_path: Path):

@@ -60,7 +60,11 @@ def agree(name: str, part: Part, first: str, declared: Mapping[str, Any]) -> Non
     """Raise InputError when a part does not have the cameras, sizes and columns of the first one."""
     for what, value in part.declared.items():
         if part.rows and value != declared[what]:
-            fix = "give one image size for all (--size)" if what == "cameras" else "convert them into separate stores"
+            fix = (
+                "give all one size when converting (`vlm4vla convert --size`)"
+                if what == "cameras"
+                else "convert them into separate stores"
+            )
             raise InputError(f"{what} are {value}, in {first} {declared[what]}", where=name, fix=fix)
 
 

@@ -52,6 +52,24 @@ class Annotation(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Files:
+    """Descriptions and the frames of some spans, each once; named when iterated: a released split has a million."""
+
+    described: tuple[Path, ...]
+    part: Path
+    spans: tuple[tuple[int, int], ...]
+
+    def __iter__(self) -> Iterator[Path]:
+        yield from self.described
+        seen = set[int]()
+        for first, last in self.spans:
+            for index in range(first, last + 1):
+                if index not in seen:
+                    seen.add(index)
+                    yield _frame(self.part, index)
+
+
+@dataclass(frozen=True)
 class CalvinSource:
     """An opened CALVIN data set: a `Source` whose units are runs of annotations of about `STEPS_PER_UNIT` steps.
 
@@ -82,15 +100,16 @@ class CalvinSource:
         return {"rgb_static": (200, 200), "rgb_gripper": (84, 84)}
 
     def units(self, splits: tuple[str, ...]) -> list[Unit]:
-        """Runs of annotations. A unit's files are the descriptions and the first frame of each of its annotations:
-        all frames of a released split would be millions of names. Raises InputError on an unknown split."""
+        """Runs of annotations, with the descriptions and all the frames that are read. Raises InputError on an unknown
+        split."""
         check_splits(self, splits)
         units = []
         for split in splits:
             part, annotations = self.parts[split], self.annotations[split]
             described = tuple(path for path in (_language(part), part / "scene_info.npy") if path.is_file())
             for first, last in _runs([a.last - a.first + 1 for a in annotations]):
-                files = (*described, *(_frame(part, annotations[i].first) for i in range(first, last)))
+                spans = [(a.first, a.last) for a in annotations[first:last] if a.text and self._within(split, a)]
+                files = _Files(described, part, tuple(spans))
                 units.append(Unit(f"{part.name}-{first:06d}", split, files, (split, first, last)))
         return units
 
@@ -106,12 +125,12 @@ class CalvinSource:
             where = f"{unit.split}, annotation {number}, frames {annotation.first} to {annotation.last}"
             if not annotation.text:
                 yield Skipped("without language", where)
-            elif not self._within_recording(split, annotation):
+            elif not self._within(split, annotation):
                 yield Skipped("whose frames cross two recordings", where)
             else:
                 yield self._episode(unit.split, self.parts[split], annotation, cameras, where)
 
-    def _within_recording(self, split: str, annotation: Annotation) -> bool:
+    def _within(self, split: str, annotation: Annotation) -> bool:
         runs = self.runs[split]
         return not runs or any(start <= annotation.first and annotation.last <= end for start, end in runs)
 

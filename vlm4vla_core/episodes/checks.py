@@ -6,14 +6,14 @@ from all over the data; what it calls black was black in those, and the caller s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from vlm4vla_core import images
-from vlm4vla_core.episodes.source import Skipped, Source, Unit
+from vlm4vla_core.episodes.source import Skipped, Source
 from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.errors import InputError, nearest
 
@@ -79,25 +79,46 @@ def reason(error: Exception) -> str:
 def black_cameras(source: Source, splits: Iterable[str], cameras: Iterable[str], episodes: int = 8) -> tuple[str, ...]:
     """Those of the cameras that are black throughout `episodes` episodes, spread evenly over the units of these splits.
 
-    Looks only until every camera has shown something. Raises InputError when all are black, and as the reader does.
+    Looks only until every camera has shown something; none when no episode is kept. Raises InputError when all are
+    black, and as the reader does.
     """
-    unseen = list(dict.fromkeys(cameras))
-    for episode in _spread(source, source.units(tuple(splits)), tuple(unseen), episodes):
-        unseen = [camera for camera in unseen if not _shows(episode, camera)]
+    unseen, found = list(dict.fromkeys(cameras)), False
+    for episode in glance(source, tuple(splits), tuple(unseen), source.transforms[0], episodes):
+        unseen, found = [camera for camera in unseen if not _shows(episode, camera)], True
         if not unseen:
             return ()
-    if unseen and set(unseen) == set(cameras):
+    if not found:  # no episode that is kept: nothing is known
+        return ()
+    if set(unseen) == set(cameras):
         raise InputError(f"nothing but black images from {', '.join(unseen)}", where=source.folder)
     return tuple(unseen)
 
 
-def _spread(source: Source, units: list[Unit], cameras: tuple[str, ...], episodes: int) -> Iterator[Episode]:
-    """About `episodes` episodes, the first of evenly spread units; with few units more of each."""
-    picked = sorted({round(place) for place in np.linspace(0, len(units) - 1, min(episodes, len(units)))})
-    share = -(-episodes // max(len(picked), 1))
-    for index in picked:
-        kept = (one for one in source.episodes(units[index], cameras, source.transforms[0]) if isinstance(one, Episode))
-        yield from islice(kept, share)
+def glance(
+    source: Source,
+    splits: tuple[str, ...],
+    cameras: tuple[str, ...],
+    transform: str,
+    limit: int,
+    left_out: Counter[str] | None = None,
+) -> Iterator[Episode]:
+    """Up to `limit` episodes of a source: the first of evenly spread units, with few units more of each.
+
+    left_out: the reasons of skipped episodes are counted there.
+    """
+    units = source.units(splits)
+    chosen = np.unique(np.linspace(0, len(units) - 1, min(limit, len(units))).round().astype(int))
+    for place, index in enumerate(chosen):
+        wanted = limit // len(chosen) + (place < limit % len(chosen))
+        for one in source.episodes(units[index], cameras, transform):
+            if isinstance(one, Skipped):
+                if left_out is not None:
+                    left_out[one.reason] += 1
+                continue
+            yield one
+            wanted -= 1
+            if not wanted:
+                break
 
 
 def _shows(episode: Episode, camera: str) -> bool:

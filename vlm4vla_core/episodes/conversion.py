@@ -31,6 +31,7 @@ from vlm4vla_core.episodes.writer import KIND, MANIFEST, Part, Recipe, Writer
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.progress import progress
 
+_WORTH, _RECORDED = 1 << 23, 1 << 21  # bytes of source files; starting a process takes two to four seconds
 LOOKS = 64  # episodes in which a camera that nobody named must show something
 
 
@@ -52,6 +53,20 @@ class Job:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def enough(units: Sequence[Unit]) -> int:
+    """Processes worth their start: one per core, but no more than there are `_WORTH` bytes of source files for.
+
+    A unit without files (a recording) counts as `_RECORDED` bytes: it takes about a second.
+    """
+    most, total = cores(), 0
+    for unit in units:
+        files = [path.stat().st_size for path in unit.files if path.is_file()]
+        total += sum(files) if files else _RECORDED
+        if total >= most * _WORTH:
+            return most
+    return 1 + total // _WORTH
 
 
 def partial_folder(out: Path) -> Path:
@@ -91,12 +106,12 @@ def stamp(source: Source, unit: Unit) -> str:
 
 def content(source: Source, unit: Unit) -> str:
     """What a unit's files hold, as the manifest's `inputs` has it."""
-    digest, total = hashlib.sha256(), 0
+    digest, sizes = hashlib.sha256(), []
     for path in unit.files:
         size, time = _size_and_time(path)
-        total += size
+        sizes.append(size)
         digest.update(f"{_short(source, path)} {_hash(path, size, time)}\n".encode())
-    return f"{len(unit.files)} files, {total} bytes, sha256 {digest.hexdigest()[:16]}"
+    return f"{len(sizes)} files, {sum(sizes)} bytes, sha256 {digest.hexdigest()[:16]}"
 
 
 def _short(source: Source, path: Path) -> str:
@@ -180,16 +195,16 @@ def convert(
     transform: str,
     config: Mapping[str, Any],
     black: Sequence[str] = (),
-    workers: int = 1,
+    workers: int | None = None,
     shard: tuple[int, int] = (1, 1),
 ) -> tuple[dict[str, Any] | None, int]:
     """Convert what is missing; with the last unit the store at `out` appears. Returns its account and how many frames
     were converted now.
 
-    black: cameras that were left out, for the account. shard: (i, n) does every n-th unit from the i-th on and does
-    not finish the store; then the account is None. Raises InputError as the reader does, when the disk is full, when a
-    worker is killed, and when another conversion into this store is running; what is finished is kept, and issuing
-    the same again goes on from there.
+    black: cameras that were left out, for the account. workers: processes, None for `enough`. shard: (i, n) does every
+    n-th unit from the i-th on and does not finish the store; then the account is None. Raises InputError as the reader
+    does, when the disk is full, when a worker is killed, and when another conversion into this store is running; what
+    is finished is kept, and issuing the same again goes on from there.
     """
     out = Path(out).resolve()
     folders.check_replaceable(out, KIND)
@@ -200,7 +215,7 @@ def convert(
     mine = list(range(len(units)))[shard[0] - 1 :: shard[1]]
     with _room(partial, config, alone=shard == (1, 1)):
         try:
-            records, frames = _convert_missing(job, units, mine, workers)
+            records, frames = _convert_missing(job, units, mine, workers or enough(units))
             if shard != (1, 1):
                 return None, frames
             told = _finish(job, out, units, records, config, black)

@@ -76,7 +76,7 @@ class LiberoSource:
         Raises InputError naming file and demonstration on anything missing, damaged or of unequal length.
         """
         check_request(self, cameras, transform)
-        path = unit.files[0]
+        (path,) = unit.files
         for demo, group, instruction in _demos(path):
             where = f"{path.name}, {demo}"
             try:

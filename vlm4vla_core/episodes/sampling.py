@@ -164,13 +164,10 @@ def action_chunks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The next `chunk` actions from each row on, never crossing into another episode.
 
-    action: (N, A), episode_of: (N,) with each episode's rows together, rows: (B,).
+    action: (N, A), episode_of: (N,) ascending, rows: (B,).
     Returns chunks (B, chunk, A) float32 and mask (B, chunk), True where the action is real; past the end of
     the episode its last action is repeated and the mask is False.
     """
-    rows = np.asarray(rows)
-    index = rows[:, None] + np.arange(chunk)  # (B, chunk)
-    inside = np.minimum(index, len(action) - 1)
-    mask = (index < len(action)) & (episode_of[inside] == episode_of[rows][:, None])
-    last = rows + mask.sum(axis=1) - 1  # rows of an episode are together, so the mask is a prefix
-    return action[np.minimum(index, last[:, None])].astype(np.float32, copy=False), mask
+    last = episode_of.searchsorted(episode_of[rows], side="right")[:, None] - 1  # (B, 1) row that ends the episode
+    index = np.asarray(rows)[:, None] + np.arange(chunk)  # (B, chunk)
+    return action.take(np.minimum(index, last), axis=0).astype(np.float32, copy=False), index <= last

@@ -10,7 +10,7 @@ are opened inside `episodes`, never kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,11 +22,11 @@ from vlm4vla_core.episodes.writer import Episode
 @dataclass(frozen=True)
 class Unit:
     """Work that one process reads in order. name: stable and unique. split: "train" or "val". files: everything its
-    content depends on. key: the reader's own way to find it (an index, a range of episodes)."""
+    content depends on, to be iterated more than once. key: the reader's own way to find it (an index, a range)."""
 
     name: str
     split: str
-    files: tuple[Path, ...]
+    files: Iterable[Path]
     key: tuple[int | str, ...] = ()
 
 
@@ -59,6 +59,8 @@ class Source(Protocol):
     def state_names(self) -> tuple[str, ...]: ...
     @property
     def cameras(self) -> tuple[str, ...]: ...
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]: ...
     @property
     def splits(self) -> tuple[str, ...]: ...
     @property

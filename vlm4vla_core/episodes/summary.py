@@ -7,15 +7,13 @@ at up to `LOOKS` evenly spread images, not at all of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm4vla_core import images
-from vlm4vla_core.episodes.source import Skipped, Source
-from vlm4vla_core.episodes.store import Episode, EpisodeStore
+from vlm4vla_core.episodes.store import EpisodeStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,28 +137,6 @@ def _warnings(store: EpisodeStore, dimensions: list[Dimension]) -> list[str]:
     if shared := len(set.intersection(*of.values())) if len(of) > 1 else 0:
         found.append(f"{shared} episodes are in {' and in '.join(sorted(of))} alike")
     return found
-
-
-def glance(
-    source: Source, splits: tuple[str, ...], transform: str, limit: int, left_out: Counter[str]
-) -> Iterator[Episode]:
-    """Up to `limit` episodes of a source: the first of evenly spread units, with few units more of each.
-
-    left_out: the reasons of skipped episodes are counted there.
-    """
-    units = source.units(splits)
-    chosen = sorted({round(place) for place in np.linspace(0, len(units) - 1, min(limit, len(units)))}) if units else []
-    for place, index in enumerate(chosen):
-        share = limit // len(chosen) + (place < limit % len(chosen))
-        taken = 0
-        for one in source.episodes(units[index], source.cameras, transform):
-            if isinstance(one, Skipped):
-                left_out[one.reason] += 1
-                continue
-            yield one
-            taken += 1
-            if taken == share:
-                break
 
 
 def contact_sheet(

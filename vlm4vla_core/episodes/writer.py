@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,8 @@ from vlm4vla_core.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from vlm4vla_core.episodes.video import Frames
+
 KIND, MANIFEST = "episodes", folders.STORE_MANIFEST
 STEPS_PER_SHARD = 4096
 BYTES_PER_SHARD = 1 << 26  # of pictures; bounds the memory of a writer
@@ -35,8 +37,8 @@ _RESERVED = ("episode", "step", "state", "action")
 class Episode:
     """One episode in memory: what readers yield and `write_store` takes.
 
-    images: camera -> T encoded images, or uint8 (T, H, W, 3). state: (T, S). action: (T, A), already
-    transformed, in physical units. columns: declared further floats, each (T, k), such as "truth/objects".
+    images: camera -> T encoded images, uint8 (T, H, W, 3), or a video's frames, decoded while they are iterated.
+    state: (T, S). action: (T, A), transformed, in physical units. columns: further floats (T, k), by declared name.
     depth: camera -> uint16 (T, H, W) in units of `depth_unit` metres, 0 where unknown; segmentation: camera -> uint8
     (T, H, W) labels; both are kept losslessly and never resized. split: "train" or "val". source: file and record.
     info: short texts that become columns of the episode table ("domain" and "seed" also go into the manifest).
@@ -45,7 +47,7 @@ class Episode:
     """
 
     instruction: str
-    images: dict[str, list[bytes] | np.ndarray]
+    images: dict[str, Sequence[bytes] | np.ndarray | Frames]
     state: np.ndarray
     action: np.ndarray
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -169,7 +171,9 @@ class Writer:
             given = getattr(episode, layer).items()
             self.part.layers[layer] = {camera: {"size": list(value.shape[1:]), "unit": unit} for camera, value in given}
 
-    def _encode(self, camera: str, given: list[bytes] | np.ndarray, length: int, where: str) -> list[bytes]:
+    def _encode(
+        self, camera: str, given: Sequence[bytes] | np.ndarray | Frames, length: int, where: str
+    ) -> list[bytes]:
         """T byte strings of one size."""
         if len(given) != length:
             raise InputError(f"{len(given)} images of camera '{camera}' for {length} steps", where=where)
@@ -189,7 +193,7 @@ class Writer:
                 raise InputError(
                     f"camera '{camera}' changes its image size from {tuple(cameras[camera])} to {size}",
                     where=f"{where}, step {step}",
-                    fix="give one image size for all",
+                    fix="give all one size when converting (`vlm4vla convert --size`)",
                 )
             encoded.append(data)
         return encoded

@@ -51,7 +51,7 @@ class Args:
     transform: str = "dataset"
     """Action transform; `dataset` is the one that belongs to the data, another name chooses among its own."""
     workers: int | None = None
-    """Processes to convert with; by default one per core."""
+    """Processes to convert with; by default up to one per core, as far as there is work for them."""
     shard: str = ""
     """Do only part i of n (`2/4`), on one of n machines; the command without --shard finishes the store."""
     scenes: tuple[str, ...] = ()
@@ -153,20 +153,16 @@ def _convert(
     from vlm4vla_core.episodes import conversion
     from vlm4vla_core.episodes.checks import black_cameras
     from vlm4vla_core.episodes.store import EpisodeStore
-    from vlm4vla_core.episodes.writer import Episode, Recipe
+    from vlm4vla_core.episodes.writer import Recipe
 
     began = time.perf_counter()
     cameras = tuple(config["cameras"]) or source.cameras
-    units = source.units(splits)
-    some = (one for unit in units for one in source.episodes(unit, cameras, transform) if isinstance(one, Episode))
-    black: tuple[str, ...] = ()
-    if next(some, None):  # else there is nothing to convert, and the account will say why
-        # A camera that was asked for is left out only when there is nothing in all the data.
-        black = black_cameras(source, splits, cameras, 10**9 if args.cameras else conversion.LOOKS)
+    # A camera that was asked for is left out only when there is nothing in all the data.
+    black = black_cameras(source, splits, cameras, 10**9 if args.cameras else conversion.LOOKS)
     account, frames = conversion.convert(
         args.out,
         source,
-        units,
+        source.units(splits),
         Recipe(
             convention=source.convention,
             state_names=source.state_names,
@@ -179,7 +175,7 @@ def _convert(
         transform=transform,
         config=config,
         black=black,
-        workers=args.workers or conversion.cores(),
+        workers=args.workers,
         shard=shard,
     )
     if account is None:

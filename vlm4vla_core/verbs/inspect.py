@@ -50,8 +50,6 @@ def run(args: Args) -> None:
 
     if args.episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {args.episodes}")
-    if args.html and args.html.is_dir():
-        raise InputError("--html names a folder, not a file", where=args.html)
     format = detect(args.store) if args.format == "auto" else args.format
     if format == "store":
         return _tell(args, EpisodeStore.open(args.store, hashes=True), "")
@@ -61,10 +59,9 @@ def run(args: Args) -> None:
 
 def _sample(args: Args, format: str, out: Path) -> tuple[EpisodeStore, str]:
     """Some episodes of a source as a store at `out`, and what was looked at."""
-    from vlm4vla_core.episodes.checks import choose_splits
+    from vlm4vla_core.episodes.checks import choose_splits, glance
     from vlm4vla_core.episodes.formats import open_source
     from vlm4vla_core.episodes.store import write_store
-    from vlm4vla_core.episodes.summary import glance
 
     source = open_source(format, args.store)
     splits, left_out = choose_splits(source), Counter[str]()
@@ -72,7 +69,9 @@ def _sample(args: Args, format: str, out: Path) -> tuple[EpisodeStore, str]:
         store = write_store(
             out,
             progress(
-                glance(source, splits, source.transforms[0], args.episodes, left_out), what="read", unit="episode"
+                glance(source, splits, source.cameras, source.transforms[0], args.episodes, left_out),
+                what="read",
+                unit="episode",
             ),
             source=source.name,
             convention=source.convention,

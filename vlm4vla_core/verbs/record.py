@@ -51,7 +51,7 @@ class Args:
     noise: float = 0.3
     """Standard deviation of the noise on executed motions, as a fraction of the largest step."""
     workers: int | None = None
-    """Processes; one per core by default. The store has the same bytes for any number."""
+    """Processes; by default up to one per core, as far as there is work. The bytes are the same for any number."""
     video: Path | None = None
     """Also write the first demonstrations as a film for people to this file (.mp4 or .gif)."""
     json: Path | None = None
@@ -149,7 +149,7 @@ def _record(args: Args, tasks: tuple[str, ...], config: dict[str, Any]) -> float
         cameras=source.cameras,
         transform=source.transforms[0],
         config=config,
-        workers=args.workers or conversion.cores(),
+        workers=args.workers,
     )
     seconds = time.perf_counter() - began
     made = EpisodeStore.open(args.out)

@@ -85,6 +85,10 @@ class Demos:
     rendered: bool = True
 
     @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return dict.fromkeys(self.cameras, (self.size, self.size))
+
+    @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         return COLUMN_NAMES
 
@@ -148,50 +152,37 @@ def _stills(plans: Sequence[Plan], size: int, geometry: bool) -> Iterator[Episod
         )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A stretch of one world's steps with one instruction: the frames begin…end-1 of all that were recorded."""
-
-    item: Plan
-    number: int
-    instruction: str
-    ask: families.Ask
-    begin: int
-    end: int
-    reached: bool
-
-
 def _together(
     plans: Sequence[Plan], size: int, noise: float, cameras: Sequence[str], geometry: bool
 ) -> Iterator[Episode]:
     env = BatchedEnv([item.task for item in plans], [p.seed for p in plans], [p.domain for p in plans], size)
-    disturbance = [_noise(item.seed, step_limit(item.task), noise) for item in plans]
-    states: list[list[world.State]] = [[] for _ in plans]  # per world, before each step
-    labels: list[list[np.ndarray]] = [[] for _ in plans]
+    disturbance = np.zeros((env.n, 1 + max(step_limit(item.task) for item in plans), 7))
+    for i, item in enumerate(plans):
+        disturbance[i, : step_limit(item.task)] = _noise(item.seed, step_limit(item.task), noise)
+    taken: list[tuple[np.ndarray, world.State, np.ndarray]] = []  # per step: the worlds that ran, states, labels
+    asked = [(env.instructions[i], _ask(env, i)) for i in range(env.n)]
     cuts: list[list[tuple[int, str, families.Ask, bool]]] = [[] for _ in plans]  # per part: end, words, ask, reached
     while env.running.any():
-        label = env.expert()
-        asked = [(env.instructions[i], _ask(env, i)) for i in range(env.n)]
-        done, was = env.done.copy(), np.flatnonzero(env.running).tolist()
-        action = label + np.stack([disturbance[i][min(env.steps[i], len(disturbance[i]) - 1)] for i in range(env.n)])
+        label, done, ran = env.expert(), env.done.copy(), np.flatnonzero(env.running)
+        action = label + disturbance[np.arange(env.n), env.steps]
         action[:, 6] = np.abs(label[:, 6] - (action - label)[:, 6])  # 1 flips the command
-        for i in was:
-            states[i].append(env.state[[i]])
-            labels[i].append(label[i])
+        taken.append((ran, env.state[ran], label[ran]))
         env.step(action)
-        for i in was:
-            if env.done[i] > done[i] or not env.running[i]:
-                reached = bool(env.done[i] > done[i]) if env.tasks[i] == CHAIN_TASK else bool(env.outcome(i)["success"])
-                cuts[i].append((len(labels[i]), *asked[i], reached))
-    every = world.stack([state for one in states for state in one])
-    lengths = [len(one) for one in labels]
+        for i in ran[(env.done > done)[ran] | ~env.running[ran]].tolist():
+            reached = bool(env.done[i] > done[i]) if env.tasks[i] == CHAIN_TASK else bool(env.outcome(i)["success"])
+            cuts[i].append((int(env.steps[i]), *asked[i], reached))
+            asked[i] = env.instructions[i], _ask(env, i)
+    which = np.concatenate([ran for ran, _, _ in taken])
+    order = np.argsort(which, kind="stable")  # world after world, each in the order of its steps
+    every = world.stack([state for _, state, _ in taken])[order]
+    actions = np.concatenate([label for _, _, label in taken])[order].astype(np.float32)
+    lengths = np.bincount(which, minlength=env.n).tolist()
     domains = [item.domain for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
     seeds = [item.seed for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
     moments = [t for length in lengths for t in range(length)]
     shown = {camera: pictures(every, domains, size, seeds, moments, camera) for camera in cameras}  # (F, size, size, 3)
     depth, segmentation = _geometry(every, domains, size, cameras) if geometry else ({}, {})
     columns, proprioception = _truth(every), world.proprioception(every)
-    actions = np.concatenate([np.stack(one) for one in labels]).astype(np.float32)
     start = 0
     for i, item in enumerate(plans):
         begin = 0
