@@ -285,6 +285,75 @@ def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: li
     assert not list(tmp_path.iterdir())
 
 
+def test_a_look_kept_for_the_test_and_an_unknown_camera_are_refused(policy: Path, tmp_path: Path) -> None:
+    from vlm4vla_core.policy import VLAPolicy
+
+    model = VLAPolicy.load(policy)
+    model.backbone.lineage["domains"] = ["A", "D"]
+    model.save(tmp_path / "seen")
+    with pytest.raises(InputError, match=r"trained in look D, which line@1 keeps for the test.*demonstrations in A"):
+        evaluation._make_actor(tmp_path / "seen", LineBenchmark(), None, None)
+    evaluation._make_actor(tmp_path / "seen", LineBenchmark(kept_for_test=frozenset()), None, None)
+    with pytest.raises(InputError, match=r"camera 'front', and line@1 has none of that name.*--camera wrist"):
+        evaluation._make_actor(policy, LineBenchmark(cameras=("wrist",)), None, None)
+
+
+def test_chain_summary() -> None:
+    found = evaluation.chain_summary(np.array([0, 5, 2, 2, 1]))
+    assert (found.n, found.mean) == (5, 2.0)
+    assert [rate["rate"] for rate in found.rates] == [0.8, 0.6, 0.2, 0.2, 0.2]
+    assert found.rates[1]["low"] == pytest.approx(0.2307, abs=1e-4)  # Wilson, 3 of 5
+    # For 0 and 1 it is the "plus four" interval of Agresti and Coull: 7 of 10 gives (9 of 14) 0.392 to 0.894.
+    assert evaluation.bounded_mean(np.repeat([1.0, 0.0], [7, 3]), 1) == pytest.approx((0.3919, 0.8939), abs=1e-4)
+    low, high = evaluation.bounded_mean(np.full(20, 5.0), 5.0)
+    assert 3.5 < low < 4.5 and high == 5.0
+
+
+@pytest.mark.parametrize(
+    "shares", [(0.9, 0.05, 0.05, 0, 0, 0), (0.3, 0.3, 0.2, 0.1, 0.05, 0.05), (0, 0, 0, 0, 0.05, 0.95)]
+)
+def test_the_interval_of_a_mean_length_covers(shares: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.dot(shares, np.arange(6))
+    drawn = rng.choice(6, size=(2000, 40), p=shares)
+    covered = [low <= truth <= high for low, high in (evaluation.bounded_mean(values, 5.0) for values in drawn)]
+    assert np.mean(covered) > 0.93
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "task", "words"),
+    [
+        (
+            "tabletop-abc-d@1",
+            "chain",
+            ("mean length 5.00 of 5 [", "  5 or more: 1.000 [", "looks D (training: A, B, C)"),
+        ),
+        ("tabletop-long@1", "two-plates", ("partial_low", "share of what was asked: 1.000 [")),
+    ],
+)
+def test_the_verb_tells_and_films(tmp_path: Path, capsys, benchmark: str, task: str, words: tuple[str, ...]) -> None:
+    import json
+
+    from PIL import Image
+
+    film = tmp_path / "film.gif"
+    asked = ["--episodes", "2", "--out", str(tmp_path / "e"), "--json", str(tmp_path / "e.json"), "--video", str(film)]
+    assert main(["evaluate", "scripted", "--benchmark", benchmark, "--tasks", task, *asked, "--filmed", "1"]) == 0
+    told = capsys.readouterr().out
+    assert all(word in told for word in words), told
+    found = json.loads((tmp_path / "e.json").read_text())
+    if task == "chain":
+        assert set(found["chains"]) == {"n", "mean", "interval", "rates"} and len(found["chains"]["rates"]) == 5
+    else:
+        assert found["partial"]["mean"] == 1.0 and found["tasks"][0]["partial"] == 1.0
+    with Image.open(film) as pages:
+        assert pages.n_frames > 10
+        pages.seek(pages.n_frames - 1)
+        corner = np.asarray(pages.convert("RGB"))[-20:, :60]
+    assert (corner.max(2) < 40).mean() > 0.5 and (corner.min(2) > 200).any()  # the outcome, white on black
+    assert main(["evaluate", "scripted", "--benchmark", benchmark, "--tasks", task, "--video", "film.avi"]) == 2
+
+
 def test_a_part_of_a_protocol_never_bears_its_name_alone() -> None:
     from vlm4vla_core.sims import coverage
 

@@ -272,6 +272,27 @@ def test_seeds_of_evaluation_and_recording_are_disjoint_and_distinct() -> None:
     assert bench.env_seed("move", 0) == 298297453445951 and recording_seed("pick", 0, 0) == 32322369184161
 
 
+def test_training_test_and_question_looks_are_disjoint() -> None:
+    for name in ("tabletop-abc-d@1", "tabletop-shift@1", "tabletop-tasks@1"):
+        assert benchmark(name).kept_for_test == set(benchmark(name).domains)
+    for name in ("tabletop-abc@1", "tabletop-long@1", "tabletop-tasks-abc@1", "tabletop-words@1"):
+        assert not benchmark(name).kept_for_test
+    seen = {domain for bench in PROTOCOLS.values() for domain in (*bench.domains, *bench.train_domains)}
+    assert seen == set("ABCDRST") and not seen & set("UVW")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [*tasks.TASKS, "chain", *scenes.LONG])
+def test_the_expert_never_fails_in_500_episodes(task: str) -> None:
+    name = {"chain": "tabletop-abc-d@1"} | dict.fromkeys(scenes.LONG, "tabletop-long@1")
+    bench = benchmark(name.get(task, "tabletop-tasks@1"))
+    world_ = bench.env([task] * 500, [bench.env_seed(task, i) for i in range(500)])
+    while world_.running.any():
+        world_.step(world_.expert())
+    failed = [row for row in range(500) if not world_.outcome(row)["success"]]
+    assert not failed
+
+
 def test_domains_of_the_protocols() -> None:
     unseen, seen = benchmark("tabletop-tasks@1"), benchmark("tabletop-tasks-abc@1")
     assert not set(unseen.domains) & set(unseen.train_domains)

@@ -250,6 +250,105 @@ def test_a_world_does_not_depend_on_its_batch() -> None:
         np.testing.assert_array_equal(getattr(together, name), getattr(world.stack(alone), name))
 
 
+def crowd(n: int, seed: int) -> world.State:
+    """Four objects side by side near the middle or in a corner of the table, a rail somewhere."""
+    rng = np.random.default_rng(seed)
+    state = world.stack([scenes.start("stack", seed * n + i).state for i in range(n)])
+    kind = rng.integers(0, 3, (n, world.SLOTS))
+    middle = rng.choice([[-0.19, -0.19], [0.0, 0.0], [0.19, 0.09]], n)[:, None]
+    xy = middle + 0.055 * np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+    objects = np.concatenate([xy, world.rest_height(kind)[..., None]], 2)
+    rail = rng.uniform(-0.12, 0.12, n)
+    return replace(state, kind=kind, objects=objects, rail=rail, knob=rail - world.KNOB_TRAVEL)
+
+
+def stir(state: world.State, steps: int, seed: int) -> list[np.ndarray]:
+    """Actions (n, 7) per step that plough through the crowd and close in it again and again; they do not look."""
+    rng, n = np.random.default_rng(seed), len(state)
+    actions = random_actions(rng, steps, n, np.zeros(3))
+    aims = state.objects[np.arange(n), rng.integers(0, world.SLOTS, (steps // 6 + 1, n))]  # (k, n, 3)
+    hand = state.gripper.copy()
+    for t in range(steps):
+        actions[t, :, :3] += 0.5 * (aims[t // 6] - hand)
+        hand = np.clip(hand + actions[t, :, :3], world.WORKSPACE_LOW, world.WORKSPACE_HIGH)
+    return list(actions)
+
+
+def test_crowds_in_corners_do_not_run_into_each_other() -> None:
+    """Nothing deeper than a millimetre in anything, nothing passes through closed fingers or the knob, nothing hangs
+    in the air; and a jammed world does not depend on its neighbours."""
+    n = 120
+    together = crowd(n, 1)
+    parts = [together[np.arange(i, n, 7)] for i in range(7)]
+    deepest, rows = 0.0, np.arange(n)
+    for actions in stir(together, 60, 2):
+        before, together = together, world.step(together, actions)
+        parts = [world.step(part, actions[i::7]) for i, part in enumerate(parts)]
+        xy, half = together.objects[..., :2], world.rest_height(together.kind)
+        lying = np.arange(world.SLOTS) != together.held[:, None]
+        floating = lying & (together.on < 0) & (np.abs(together.objects[..., 2] - half) > 1e-9)
+        assert not floating.any()
+        held = np.maximum(together.held, 0)
+        full = together.held >= 0
+        low = np.where(full, together.objects[rows, held, 2] - half[rows, held], together.gripper[:, 2] - world.TIP)
+        wide = np.where(full, world.FOOTPRINT, world.FINGER)
+        for k in range(world.SLOTS):
+            depth = wide + world.FOOTPRINT - np.hypot(*(xy[:, k] - together.gripper[:, :2]).T)
+            meets = ~together.open & lying[:, k] & (low < together.objects[:, k, 2] + half[:, k] - 1e-5)
+            deepest = max(deepest, depth[meets].max(initial=0))
+            for j in range(k):
+                depth = 2 * world.FOOTPRINT - np.hypot(*(xy[:, k] - xy[:, j]).T)
+                level = np.abs(together.objects[:, k, 2] - together.objects[:, j, 2]) < half[:, k] + half[:, j] - 1e-5
+                deepest = max(deepest, depth[lying[:, k] & lying[:, j] & level].max(initial=0))
+        spot = np.stack([together.knob, np.full(n, world.SWITCH_Y)], 1)
+        depth = wide + world.KNOB_RADIUS - np.hypot(*(spot - together.gripper[:, :2]).T)
+        deepest = max(deepest, depth[~together.open & (low < world.KNOB_HEIGHT - 1e-5)].max(initial=0))
+        # Closed before and after, low before and after: an object stays on the side of the hand that it was on.
+        then, now = (s.objects[..., :2] - s.gripper[:, None, :2] for s in (before, together))
+        stays = ~before.open & ~together.open & ~full & (before.held < 0)
+        level = lying & (before.on < 0) & (together.on < 0) & (before.gripper[:, 2:] < 0.09) & stays[:, None]
+        level &= together.gripper[:, 2:] < 0.09
+        assert ((then * now).sum(-1)[level] > 0).all()
+    assert deepest < 1e-3
+    for name in FIELDS:
+        for i, part in enumerate(parts):
+            np.testing.assert_array_equal(getattr(part, name), getattr(together, name)[i::7])
+
+
+def test_closing_over_the_knob_at_the_edge_puts_the_hand_beside_it() -> None:
+    place = np.array([[0.055, world.WORKSPACE_HIGH[1], 0.04]])
+    state = act(lone_cube(gripper=place, open=np.ones(1, bool), knob=np.full(1, 0.05)), [0, 0, 0, 0, 0, 0, 0])
+    apart = np.hypot(state.gripper[0, 0] - state.knob[0], state.gripper[0, 1] - world.SWITCH_Y)
+    assert apart > world.FINGER + world.KNOB_RADIUS - 1e-5 and state.gripper[0, 1] <= world.WORKSPACE_HIGH[1]
+
+
+def _digest(threads: int) -> str:
+    """Hash of states, labels and pictures of a few worlds, in a process with so many torch threads."""
+    import hashlib
+
+    import torch
+
+    from vlm4vla_core.sims.tabletop.env import BatchedEnv
+
+    torch.set_num_threads(threads)
+    env = BatchedEnv(["chain", "put", "served-stack"], [3, 1 << 48, 5], ["A", "D", "R"], 48)
+    found = hashlib.sha256()
+    for _ in range(12):
+        env.step(env.expert())
+        for value in (env.state.gripper, env.state.objects, env.observe(), env.observe(camera="wrist")):
+            found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def test_processes_and_threads_give_the_same_bytes() -> None:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        one, two = pool.map(_digest, (1, 2), timeout=120)
+    assert one == two == _digest(1)
+
+
 def test_bad_actions_are_refused() -> None:
     state = lone_cube()
     with pytest.raises(InputError, match=r"action number 2 is nan"):
