@@ -1,9 +1,8 @@
 """Two tidy tables in, one matrix of models by scores out; nothing is dropped without being named.
 
 Required are only `model, score` and `model, benchmark, value`; what else is missing weakens the report and is listed
-in `not_stated`. Rows with a `task` belong below a benchmark: they tell how noisy its total is and are never averaged
-into one. Trap: a percentage given as a fraction would silently stretch one model's score a hundredfold, so counts and
-metric names are held against the values.
+in `not_stated`; what is wrong is refused (`score_checks`). Trap: rows with a `task` belong below a benchmark: they tell
+how noisy its total is and are never averaged into one.
 """
 
 from __future__ import annotations
@@ -13,8 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probes.score_checks import (
+    check_counts,
+    check_lineages,
+    check_names,
+    check_totals,
+    check_units,
+    checked,
+    no_duplicates,
+)
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.results import require_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,8 +79,8 @@ def gather(
     finite numbers, duplicates, impossible counts, percentages given as fractions, and when fewer than three models
     are in both tables.
     """
-    scores = _checked(capability, ("model", "score"), names[0])
-    values = _checked(performance, ("model", "benchmark", "value"), names[1])
+    scores = checked(capability, ("model", "score"), names[0])
+    values = checked(performance, ("model", "benchmark", "value"), names[1])
     if "benchmark" not in scores:
         scores["benchmark"] = "capability"
     task = values["task"].fillna("").astype(str).str.strip() if "task" in values else ""
@@ -83,8 +90,11 @@ def gather(
         raise InputError(
             "every row has a task, so no benchmark has a total", where=names[1], fix="add rows with an empty task"
         )
-    _no_duplicates(scores, "score", names[0])
-    _no_duplicates(totals, "value", names[1])
+    no_duplicates(scores, "score", names[0])
+    no_duplicates(totals, "value", names[1])
+    check_counts(totals, names[1])
+    check_units(scores, "score", names[0])
+    check_units(totals, "value", names[1])
 
     both = [model for model in dict.fromkeys(scores["model"]) if model in set(totals["model"])]
     if len(both) < 3:
@@ -98,7 +108,6 @@ def gather(
     metrics = {name: _one(totals, name, "metric") for name in benchmarks}
     grid = _grid(totals, both, benchmarks)
     y, successes, number = (grid(column) for column in ("value", "successes", "episodes"))
-    _check_counts(totals, names[1])
     counts = _counts_by_task(episodes, both, names[2]) if episodes is not None else _counts_below(below, both, names[1])
     if episodes is not None and not set(counts) & set(benchmarks):
         raise InputError(
@@ -106,7 +115,14 @@ def gather(
             where=names[2],
             fix="the two name their benchmarks alike",
         )
-    _check_totals(counts, both, benchmarks, (y, successes, number), metrics, names, episodes is not None)
+    for b, name in enumerate(benchmarks):
+        table = counts.get(name)
+        check_totals(
+            tuple(both), name, metrics[name], (y[:, b], successes[:, b], number[:, b]),
+            None if table is None else (table.successes, table.episodes),
+            (names[1], names[2] if episodes is not None else f"its tasks in {names[1]}"),
+            episodes is not None and table is not None,
+        )  # fmt: skip
     grid_x = _grid(scores, both, capabilities)
     x = grid_x("score")
     return Scores(
@@ -129,146 +145,16 @@ def gather(
     )
 
 
-# --- checks -----------------------------------------------------------------------------------------------
-
-
-def _checked(frame: pd.DataFrame, required: tuple[str, ...], where: str) -> pd.DataFrame:
-    import pandas as pd
-
-    require_columns(frame, required, where)
-    frame = frame.copy()
-    for column in ("model", "benchmark"):
-        if column in frame:
-            text = frame[column].astype("string").str.strip()
-            if text.isna().any() or (text == "").any():
-                row = int(np.flatnonzero(text.isna() | (text == ""))[0]) + 1
-                raise InputError(f"row {row} has no {column}", where=where, fix="name it or leave the row out")
-            frame[column] = text.astype(object)
-    numbers = pd.to_numeric(frame[required[-1]], errors="coerce").astype(float)
-    bad = ~np.isfinite(numbers.to_numpy())
-    if bad.any():
-        row = frame.iloc[int(np.flatnonzero(bad)[0])]
-        place = " on ".join(str(row[column]) for column in ("model", "benchmark") if column in frame)
-        raise InputError(
-            f"{required[-1]} of {place} is '{row[required[-1]]}', not a finite number",
-            where=where,
-            fix="leave the row out if the value is unknown",
-        )
-    frame[required[-1]] = numbers
-    return frame
-
-
-def _no_duplicates(frame: pd.DataFrame, column: str, where: str) -> None:
-    twice = frame[frame.duplicated(["model", "benchmark"], keep=False)]
-    if twice.empty:
-        return
-    first = twice[(twice["model"] == twice["model"].iloc[0]) & (twice["benchmark"] == twice["benchmark"].iloc[0])]
-    details = ", ".join(f"{value:g}" for value in first[column])
-    if "metric" in first and first["metric"].nunique() > 1:
-        details = ", ".join(f"{row.metric} {getattr(row, column):g}" for row in first.itertuples())
-    raise InputError(
-        f"{first['model'].iloc[0]} stands {len(first)} times under {first['benchmark'].iloc[0]} ({details})",
-        where=where,
-        fix="keep one row per model and benchmark",
-    )
-
-
-def _check_counts(totals: pd.DataFrame, where: str) -> None:
-    """Impossible counts, and percentages written as fractions (or the reverse) beside others that are not."""
-    import pandas as pd
-
-    if "metric" in totals:
-        for (benchmark, metric), rows in totals.groupby(["benchmark", "metric"], sort=False):
-            top = rows["value"].max()
-            if "pct" in str(metric) and 0 < top <= 1:
-                raise InputError(
-                    f"{metric} on {benchmark} goes up to {top:g} only: these are fractions, not per cent",
-                    where=where,
-                    fix="multiply by 100, or name the metric success_rate",
-                )
-    if "successes" not in totals or "episodes" not in totals:
-        return
-    known = totals[totals["successes"].notna() & totals["episodes"].notna()]
-    for benchmark, rows in known.groupby("benchmark", sort=False):
-        successes, number = (
-            pd.to_numeric(rows[column], errors="coerce").to_numpy(float) for column in ("successes", "episodes")
-        )
-        whole = (successes % 1 == 0) & (number % 1 == 0)
-        wrong = (successes < 0) | (number <= 0) | (successes > number) | ~whole
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise InputError(
-                f"{rows['successes'].iloc[row]} successes of {rows['episodes'].iloc[row]} episodes",
-                where=f"{where}, {rows['model'].iloc[row]} on {benchmark}",
-                fix="correct the counts or leave them empty",
-            )
-        rate, value = successes / number, rows["value"].to_numpy(float)
-        percent = (np.abs(value - 100 * rate) <= 2) & (rate > 0.03)  # 3 %: below, the two readings are too close
-        fraction = (np.abs(value - rate) <= 0.02) & (rate > 0.03)
-        if percent.any() and fraction.any():
-            row = int(np.flatnonzero(fraction)[0])
-            raise InputError(
-                f"{rows['model'].iloc[row]} has {value[row]:g} on {benchmark}, a fraction among percentages",
-                where=where,
-                fix="give every value of a benchmark in the same unit",
-            )
-
-
-def _check_totals(
-    counts: dict[str, TaskCounts],
-    models: list[str],
-    benchmarks: tuple[str, ...],
-    totals: tuple[np.ndarray, np.ndarray, np.ndarray],
-    metrics: dict[str, str],
-    names: tuple[str, str, str],
-    from_episodes: bool,
-) -> None:
-    """A total and what stands below it tell one story: the same counts, or at least the same success rate."""
-    values, successes, episodes = totals
-    below = names[2] if from_episodes else f"its tasks in {names[1]}"
-    for b, benchmark in enumerate(benchmarks):
-        if benchmark not in counts:
-            continue
-        for model, k, n, place in zip(
-            models, counts[benchmark].successes, counts[benchmark].episodes, range(len(models)), strict=True
-        ):
-            if not np.isfinite(n).any():
-                continue
-            done, number = int(np.nansum(k)), int(np.nansum(n))
-            said, of = successes[place, b], episodes[place, b]
-            apart = (np.isfinite(said) and said != done) or (np.isfinite(of) and of != number)
-            whole = from_episodes or (np.isfinite(k).all() and of == number)  # a table may list some tasks only
-            if apart and whole:
-                stated = f"{said:g} successes" if np.isfinite(said) else "a total"
-                stated += f" of {of:g} episodes" if np.isfinite(of) else ""
-                raise InputError(
-                    f"{model} on {benchmark}: {stated} in {names[1]}, but {done} of {number} in {below}",
-                    where=f"{names[1]}, {below}",
-                    fix="correct one of the two, or leave the counts of the total empty",
-                )
-            rate = np.array([done / number, np.nanmean(k / n)])  # pooled, and the mean over tasks
-            gap = min(np.abs(values[place, b] - rate).min(), np.abs(values[place, b] / 100 - rate).min())
-            if from_episodes and metrics[benchmark] in ("success_pct", "success_rate") and gap > 0.01:
-                raise InputError(
-                    f"{model} on {benchmark}: {metrics[benchmark]} {values[place, b]:g} in {names[1]}, "
-                    f"but {done} of {number} episodes in {below}",
-                    where=f"{names[1]}, {below}",
-                    fix="give the results of one evaluation",
-                )
-
-
 # --- pieces of the join -----------------------------------------------------------------------------------
 
 
 def _grid(frame: pd.DataFrame, models: list[str], benchmarks: tuple[str, ...]):
     """column name -> (models, benchmarks) floats, NaN where the table has no such row or column."""
-    import pandas as pd
 
     def of(column: str) -> np.ndarray:
         if column not in frame:
             return np.full((len(models), len(benchmarks)), np.nan)
-        numbers = frame.assign(**{column: pd.to_numeric(frame[column], errors="coerce").astype(float)})
-        wide = numbers.pivot(index="model", columns="benchmark", values=column)
+        wide = frame.pivot(index="model", columns="benchmark", values=column)
         return wide.reindex(index=models, columns=list(benchmarks)).to_numpy(dtype=float, na_value=np.nan)
 
     return of
@@ -297,6 +183,7 @@ def _lineages(
                     where=f"{found[model][1]}, {where}",
                     fix="give a model one lineage",
                 )
+    check_lineages({model: found[model] for model in models if model in found})
     return tuple(found.get(model, ("", ""))[0] for model in models)
 
 
@@ -310,15 +197,12 @@ def _counts_below(below: pd.DataFrame, models: list[str], where: str) -> dict[st
         raise InputError(
             f"{row['model']} has task {row['task']} of {row['benchmark']} twice", where=where, fix="keep one row"
         )
-    _check_counts(known.assign(benchmark=known["benchmark"] + ", " + known["task"]), where)
+    check_counts(known.assign(benchmark=known["benchmark"] + ", " + known["task"]), where)
     return {str(name): _tabulate(rows, models) for name, rows in known.groupby("benchmark", sort=False)}
 
 
 def _counts_by_task(episodes: pd.DataFrame, models: list[str], where: str) -> dict[str, TaskCounts]:
-    missing = [column for column in ("model", "benchmark", "task", "success") if column not in episodes]
-    if missing:
-        fix = f"the table has: {', '.join(map(str, episodes.columns))}"
-        raise InputError(f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)}", where=where, fix=fix)
+    check_names(episodes, ("model", "benchmark", "task", "success"), where)
     if not episodes["success"].isin([0, 1]).all():
         raise InputError("success is neither true nor false in some episode", where=where, fix="write 1 or 0")
     rows = episodes.assign(success=episodes["success"].astype(int))
@@ -365,6 +249,7 @@ def _step_rates(below: pd.DataFrame, models: list[str], where: str) -> dict[str,
     if below.empty or "metric" not in below:
         return {}
     rows = below[below["metric"] == "step_rate"]
+    check_units(rows, "value", where)
     rates = {}
     twice = rows[rows.duplicated(["model", "benchmark", "task"])]
     if not twice.empty:

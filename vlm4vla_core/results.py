@@ -66,20 +66,52 @@ def _check_counts(successes: int, n: int) -> None:
 
 
 def read_table(path: Path, *, required: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read a CSV or parquet table. Raises InputError when it is missing, empty or lacks a required column."""
+    """Read a CSV or parquet table.
+
+    Raises InputError when it is missing, empty, lacks a required column, or is a CSV that is not UTF-8, not separated
+    by commas, names a column twice or has a row of another length than its header.
+    """
+    import csv
+
     import pandas as pd
 
     path = Path(path)
     if not path.is_file():
         raise InputError("no such table", where=path)
     try:
+        if path.suffix != ".parquet":
+            _check_csv(path)
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (ValueError, OSError, pd.errors.ParserError) as error:  # pyarrow's errors derive from these
+    except UnicodeDecodeError:
+        raise InputError("is not text in UTF-8", where=path, fix="save the table as CSV in UTF-8") from None
+    except (ValueError, OSError, csv.Error) as error:  # pandas' and pyarrow's errors derive from these
         raise InputError(f"cannot be read as a table ({str(error).splitlines()[0]})", where=path) from None
     require_columns(frame, required, path)
     if frame.empty:
         raise InputError("the table has no rows", where=path)
     return frame
+
+
+def _check_csv(path: Path) -> None:
+    """Refuse what pandas repairs in silence: it shifts columns under rows that are too long, and renames the second of
+    two columns with one name."""
+    import csv
+
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        lines = csv.reader(handle)
+        header = next((row for row in lines if row), [])
+        if len(header) == 1 and (found := [name for sign, name in ((";", "';'"), ("\t", "tabs")) if sign in header[0]]):
+            fix = "save it with commas, or let `vlm4vla import-results` read it"
+            raise InputError(f"cells are separated by {found[0]}, not by commas", where=path, fix=fix)
+        if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
+            raise InputError(f"two columns are called {twice[0]}", where=path, fix="rename or remove one")
+        for row in lines:
+            if row and len(row) != len(header):
+                raise InputError(
+                    f"line {lines.line_num} has {len(row)} cells, the header {len(header)}",
+                    where=path,
+                    fix="an unknown value is an empty cell; quote a cell that holds a comma",
+                )
 
 
 def require_columns(frame: pd.DataFrame, required: tuple[str, ...], where: object) -> None:

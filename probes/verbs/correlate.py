@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm4vla_core import folders
-from vlm4vla_core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,14 @@ class Args:
     json: Path | None = None
     """Also write everything as JSON."""
     plot: Path | None = None
-    """Also draw the scatter; .png and .svg are both written."""
+    """Also draw the scatter; .png and .svg are both written, .pdf when asked for."""
 
 
 def run(args: Args) -> int:
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise InputError(f"a plot is .png or .svg, not '{args.plot.suffix}'", where=args.plot)
+    from probes.style import check_plot
     from probes.verbs.shared import check_seed
 
+    check_plot(args.plot)
     check_seed(args.seed)
     from probes import paper
     from probes.correlation import correlate
@@ -72,8 +71,7 @@ def run(args: Args) -> int:
         )
     if args.plot:
         from probes.figures import capability_scatter
-        from probes.style import save_figure
+        from probes.style import save_plot
 
-        svg, png = save_figure(capability_scatter(result), args.plot.with_suffix(""))
-        print(f"\nfigure: {png} and {svg}")
+        print(f"\nfigure: {' and '.join(map(str, save_plot(capability_scatter(result), args.plot)))}")
     return 0

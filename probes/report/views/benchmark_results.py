@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from probes.differences import newcombe
 from probes.numbers import signed
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.results import EPISODE_COLUMNS, Interval, read_table, success_table, wilson
+from vlm4vla_core.evaluation import chain_summary
+from vlm4vla_core.results import EPISODE_COLUMNS, read_table, success_table
 from vlm4vla_core.sims import coverage
 
 if TYPE_CHECKING:
@@ -84,29 +84,28 @@ def success(rows: pd.DataFrame, *, level: float = 0.95, by: tuple[str, ...] = ("
 
     kind: `blind`, `untrained` (step 0 of a training), `learned` or `expert`. Over several tasks the episodes are
     pooled, every task with its own n, so that rates are comparable only between policies that ran the same episodes.
+    Where every episode is a chain of instructions, also chain: mean number done in a row (mean, low, high at 95 %),
+    and the shares of chains with at least 1 … 5 done (rates).
     """
     table = success_table(rows, list(by), level)
     first = rows.drop_duplicates("policy").set_index("policy")
     kinds = {policy: _kind(row["model"], row["step"]) for policy, row in first.iterrows()}
-    return table.assign(kind=table["policy"].map(kinds), execute=table["policy"].map(first["execute"]))
+    table = table.assign(kind=table["policy"].map(kinds), execute=table["policy"].map(first["execute"]))
+    if rows["chain"].isna().any():
+        return table
+    return table.assign(chain=[_chain(group["chain"]) for _, group in rows.groupby(list(by), sort=False)])
+
+
+def _chain(lengths: pd.Series) -> dict[str, object]:
+    told = chain_summary(lengths.to_numpy(int))
+    low, high = told.interval
+    return {"mean": told.mean, "low": low, "high": high, "rates": [step["rate"] for step in told.rates]}
 
 
 def _kind(model: str, step: object) -> str:
     if model in BLIND or model == SCRIPTED:
         return "expert" if model == SCRIPTED else "blind"
     return "untrained" if step == 0 else "learned"
-
-
-def newcombe(k1: int, n1: int, k2: int, n2: int, level: float = 0.95) -> Interval:
-    """Interval of the difference k1/n1 - k2/n2 of independent proportions (Newcombe 1998, method 10).
-
-    Policies that are evaluated on the same initial states are positively correlated: then it is on the wide side.
-    """
-    p1, p2 = k1 / n1, k2 / n2
-    (l1, u1), (l2, u2) = wilson(k1, n1, level), wilson(k2, n2, level)
-    below = np.hypot(p1 - l1, u2 - p2)
-    above = np.hypot(u1 - p1, p2 - l2)
-    return Interval(float(p1 - p2 - below), float(p1 - p2 + above))
 
 
 def readable(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
@@ -122,6 +121,11 @@ def readable(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     columns[f"{100 * level:g} % interval"] = [
         f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(table["low"], table["high"], strict=True)
     ]
+    if "chain" in table:
+        columns["in a row, 95 %"] = [f"{c['mean']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in table["chain"]]
+        columns["1 / 2 / 3 / 4 / 5 in a row, %"] = [
+            " / ".join(f"{100 * rate:.0f}" for rate in c["rates"]) for c in table["chain"]
+        ]
     columns["episodes"] = [f"{k} of {n}" for k, n in zip(table["successes"], table["episodes"], strict=True)]
     return pd.DataFrame(columns)
 
@@ -187,6 +191,7 @@ def _told(row: pd.Series, level: float, aside: str = "") -> str:
     return (
         f"{row['policy']}{aside} succeeds in {row['successes']} of {row['episodes']} episodes "
         f"({100 * row['rate']:.1f} %, {100 * level:g} % interval {100 * row['low']:.1f} to {100 * row['high']:.1f} %)"
+        + (f", {row['chain']['mean']:.2f} of 5 instructions in a row" if "chain" in row else "")
     )
 
 
