@@ -75,7 +75,10 @@ class Backbone(nn.Module):
         self.reserved = {*tokenizer.all_special_ids, *listed} - {None}
         words = base.get_submodule(spec.embeddings)
         if self.query_id >= words.num_embeddings:
-            raise InputError(f"the query token's id {self.query_id} lies outside the {words.num_embeddings} word rows")
+            raise InputError(
+                f"the query token's id {self.query_id} lies outside the {words.num_embeddings} word rows",
+                fix="use the tokenizer that belongs to the model",
+            )
         own_pad = getattr(base.config.get_text_config(), "pad_token_id", None)
         if self.query_id == self.pad_id or (spec.positions == "ids" and self.pad_id != own_pad):
             raise InputError(
@@ -148,15 +151,16 @@ class Backbone(nn.Module):
         return self._batch(images, [list(self._encode(text, question)) for text in texts], query=query)
 
     def collate_answers(
-        self, images: np.ndarray, questions: Sequence[str], answers: Sequence[str]
+        self, images: np.ndarray, questions: Sequence[str], answers: Sequence[str | Sequence[int]]
     ) -> dict[str, Tensor]:
-        """As `collate`, with each answer appended and `labels` (B, L), IGNORE outside the answers."""
+        """As `collate`, with each answer (a text, or word ids) appended; `labels` (B, L): IGNORE outside answers."""
         if len(questions) != len(answers):
             raise InputError(f"{len(questions)} questions but {len(answers)} answers")
         rows, labels, starts = [], [], []
         for question, answer in zip(questions, answers, strict=True):
             prompt = list(self._encode(question, "{instruction}"))
-            tail = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end_id]
+            text = isinstance(answer, str)
+            tail = [*(self.tokenizer(answer, add_special_tokens=False)["input_ids"] if text else answer), self.end_id]
             rows.append(prompt + tail)
             labels.append([IGNORE] * len(prompt) + tail)
             starts.append(len(prompt))
@@ -210,12 +214,13 @@ class Backbone(nn.Module):
         kind, plain = self.spec.positions, self.options.positions == "arange"
         mask = batch["attention_mask"]
         count = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        column = torch.arange(mask.shape[1]).expand_as(mask)
+        if plain and self.spec.plain_pads:
+            count = torch.arange(mask.shape[1]).expand_as(mask)
         if kind == "mrope":
             return {"position_ids": count.expand(3, -1, -1) if plain else self._rope_index(batch)}
         if kind == "ids":
-            return {"position_ids": column + self.pad_id + 1} if plain else {}
-        return {"position_ids": (column if plain else count) + (kind == "count1")}
+            return {"position_ids": count + self.pad_id + 1} if plain else {}
+        return {"position_ids": count + (kind == "count1")}
 
     def _rope_index(self, batch: dict[str, Tensor]) -> Tensor:
         """Multimodal positions (3, B, L) from the model's own rule, once per layout of text, image and padding.
@@ -431,9 +436,7 @@ def tiny(
     seen = image_size * (spec.upscale if options and options.upscale else 1)
     base, head = tiny_base(spec, tokenizer, seed, seen)
     head = head if language_head else None
-    return Backbone(
-        base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage
-    ).eval()
+    return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage).eval()
 
 
 def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Backbone:
@@ -508,6 +511,9 @@ def load_backbone(
 
     if init not in ("pretrained", "scratch"):
         raise InputError(f"unknown init '{init}'", fix="use 'pretrained' or 'scratch'")
+    scratch = (scratch,) if isinstance(scratch, str) else scratch
+    if init == "scratch" and not scratch:
+        raise InputError("init='scratch' with no part to draw anew", fix="name some of vision, projector, decoder")
     if unknown := sorted(set(scratch) - set(PARTS)):
         raise InputError(f"unknown part '{unknown[0]}' to draw anew", fix=nearest(unknown[0], PARTS))
     own, parts = checkpoint.looks_like_one(Path(path)), sorted(set(scratch))

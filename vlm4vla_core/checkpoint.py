@@ -114,11 +114,12 @@ def save(
     config: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
     metrics: dict[str, Any] | None = None,
+    files: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder that appears whole or not at all.
 
     optimizer, step: the training state, for an exact resume. config, inputs: the run's settings and the
-    fingerprints of its data. metrics: measured values to keep in the manifest.
+    fingerprints of its data. metrics: measured values to keep in the manifest. files: further JSON, by file name.
     """
     from safetensors.torch import save_file
 
@@ -137,6 +138,8 @@ def save(
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         folders.write_json(temporary / CONFIG, description)
         backbone.tokenizer.save_pretrained(temporary)
+        for name, value in (files or {}).items():
+            folders.write_json(temporary / name, value)
         if optimizer is not None:
             save_file(_optimizer_tensors(model, optimizer), temporary / STATE)
             folders.write_json(temporary / STATE_FACTS, {"step": step, "seed": (config or {}).get("seed")})
@@ -184,7 +187,7 @@ def load_policy(path: Path, device: str = "cpu", dtype: torch.dtype | None = Non
         description["backbone"]["dtype"] = str(dtype).removeprefix("torch.")
     policy = VLAPolicy(_build(folder, description), config)
     fill(policy, folder)
-    return policy.to(device).eval()
+    return _on(policy, device)
 
 
 def load_backbone(path: Path, device: str = "cpu") -> Backbone:
@@ -192,7 +195,15 @@ def load_backbone(path: Path, device: str = "cpu") -> Backbone:
     folder, description = _describe(path)
     backbone = _build(folder, description)
     fill(backbone, folder, "backbone.")
-    return backbone.to(device).eval()
+    return _on(backbone, device)
+
+
+def _on(model: Any, device: str) -> Any:
+    try:
+        return model.to(device).eval()
+    except (AssertionError, RuntimeError) as error:  # no such device, or no room on it
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the model cannot be moved to '{device}' ({reason})", fix="use another device") from None
 
 
 def reload(

@@ -12,18 +12,20 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.families import FamilySpec, families, family_of
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.families import FamilySpec, family_of, family_of_config
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LOUD = ("modeling_utils", "distributed.tensor_parallel", "integrations.tensor_parallel")
 
 
 def read_base(
@@ -43,9 +45,9 @@ def read_base(
         base, head = draw(config, spec, seed, untied=language_head and not config.tie_word_embeddings, **options)
     else:
         with torch.random.fork_rng(devices=[]):  # a load must not move the caller's random state
-            base, report = _from_pretrained(
-                AutoModel, path, config=config, use_safetensors=True, output_loading_info=True, **options
-            )
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            options["ignore_mismatched_sizes"] = True  # they are reported then, by name, and refused below
+            base, report = _from_pretrained(AutoModel, path, config=config, **options)
         check_report(report, spec, path)
         check_finite(base, path)
         folder = _folder(path)
@@ -89,16 +91,13 @@ def draw(config: Any, spec: FamilySpec, seed: int, *, untied: bool, **options: A
 
 def _config(path: str) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     local = Path(path)
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise InputError("this folder has no config.json, so it is no model", where=path)
-        config = _json(local / "config.json")
-        kind = str(config.get("model_type", "")) if isinstance(config, dict) else ""
-        if kind not in CONFIG_MAPPING_NAMES:
-            raise InputError(f"no model family for model_type '{kind}'", where=path, fix=nearest(kind, families()))
+        values = _json(local / "config.json")
+        family_of_config(values if isinstance(values, dict) else {}, path)
     elif local.exists() or path.startswith((".", "/")) or path.count("/") != 1:
         raise InputError("no such model folder", where=path, fix="a hub id looks like owner/name")
     return _from_pretrained(AutoConfig, path)
@@ -113,14 +112,20 @@ def _json(path: Path) -> Any:
 def _from_pretrained(auto: Any, path: str, **options: Any) -> Any:
     """`auto.from_pretrained`, its many kinds of failure told in one line."""
     import safetensors
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.utils import logging as library
 
-    for name in ("huggingface_hub", "transformers.modeling_utils"):  # retries, and a table of keys that we check
+    # Retries, a table of keys that we check, and a list of layers that are not spread over machines.
+    for name in ("huggingface_hub", *(f"transformers.{part}" for part in _LOUD)):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        library.disable_progress_bar()
     try:
         return auto.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, StrictDataclassError) as error:
         what = auto.__name__.removeprefix("Auto").lower()
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         fix = "check the folder's files" if Path(path).is_dir() else "give a local folder, or go online and log in"
         raise InputError(f"cannot load the {what} ({first[:300]})", where=path, fix=fix) from None
 

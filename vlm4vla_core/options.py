@@ -22,7 +22,7 @@ class BackboneOptions:
     """scaled: random, as long as a typical word. zeros: the authors'."""
     positions: str = "native"
     """native: the model's own rule, padding not counted. arange: the authors' plain count, the same on all axes where
-    the model has three; elsewhere padding is counted."""
+    the model has three; padding is counted, but for Qwen2-VL and Qwen2.5-VL."""
     query_role: str = "suffix"
     """PaliGemma only. suffix: the prompt does not see the query. prefix: it does, as in the authors' runs."""
     query_place: str = "before_pads"

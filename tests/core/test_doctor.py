@@ -26,7 +26,7 @@ def test_it_finds_what_is_here(tmp_path: Path, capsys):
     import transformers
 
     found = findings(capsys, tmp_path)
-    assert found["torch"]["found"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"]["found"])  # wheels of a GPU index leave the +cu130 out
     assert found["transformers"]["found"] == transformers.__version__
     assert all(found[name]["state"] == "ok" for name in families())
     assert found["tabletop"]["state"] == "ok"

@@ -195,9 +195,10 @@ def test_the_query_is_as_long_as_a_typical_word_where_it_enters():
         assert ratio == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "paligemma", "kosmos2"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "paligemma", "kosmos2"])
 def test_the_paper_preset_equals_the_authors_way(name: str):
-    """Embeddings spliced by hand, a zero vector after the padding, and the library's own fall-back positions."""
+    """Embeddings spliced by hand, a vector after the padding, and the library's own fall-back positions; in Qwen3-VL
+    an explicit arange on three axes, its DeepStack features kept."""
     model = tiny(name, seed=6, image_size=56, options=PAPER)
     with torch.no_grad():
         model.query.normal_(generator=torch.Generator().manual_seed(0))
@@ -216,6 +217,15 @@ def test_the_paper_preset_equals_the_authors_way(name: str):
         embeds = torch.cat([words, model.query.expand(2, 1, -1)], dim=1)  # (B, L, D)
         if name == "kosmos2":
             theirs = base.text_model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state[:, -1]
+        elif name == "qwen3_vl":
+            deep = base.get_image_features(**model.pixels(batch["images"])).deepstack_features
+            deep = [torch.cat(list(one)) if isinstance(one, tuple | list) else one for one in deep]
+            where = torch.cat([image, torch.zeros(2, 1, dtype=torch.bool)], dim=1)
+            inputs = {"inputs_embeds": embeds, "attention_mask": mask, "deepstack_visual_embeds": deep}
+            inputs["position_ids"] = torch.arange(embeds.shape[1]).expand(3, 2, -1)
+            theirs = base.language_model(**inputs, visual_pos_masks=where).last_hidden_state[:, -1]
+            without = base.language_model(**{**inputs, "deepstack_visual_embeds": None}).last_hidden_state[:, -1]
+            assert float((theirs - without).abs().max()) > 1e-3
         elif name == "paligemma":  # bidirectional over everything
             types = torch.zeros_like(mask)
             theirs = base(inputs_embeds=embeds, attention_mask=mask, token_type_ids=types).last_hidden_state[:, -1]

@@ -102,6 +102,19 @@ def test_keys_that_do_not_fit_are_errors_that_name_them(name: str, tmp_path: Pat
         load_backbone(more)
 
 
+def test_weights_of_another_shape_and_configs_that_contradict_themselves_are_told_in_a_line(tmp_path: Path):
+    folder = published(tmp_path / "m", member("qwen2_5_vl"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"6 weights of another shape: language_model\.layers\.0\.mlp\.down_proj"):
+        load_backbone(folder)
+    config["text_config"]["num_hidden_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"cannot load the config \(.*layer_types"):
+        load_backbone(folder)
+
+
 def rename(folder: Path, change: Any) -> Path:
     """Rename weights in a folder's files."""
     for file in weight_files(folder):
@@ -201,6 +214,8 @@ def test_scratch_of_all_leaves_no_image_projection_at_zero(tmp_path: Path):
     assert 0.01 < float(weight.detach().std()) < 0.03
     assert not torch.equal(weight, other.base.multi_modal_projector.mm_input_projection_weight)
     assert made.lineage["init"] == "scratch" and made.lineage["init_seed"] == 1
+    with pytest.raises(InputError, match="with no part to draw anew"):
+        load_backbone(folder, init="scratch", scratch=())
     with pytest.raises(InputError, match="unknown part 'visoin' to draw anew; did you mean 'vision'"):
         load_backbone(folder, init="scratch", scratch=("visoin",))
 

@@ -100,6 +100,35 @@ def test_normalisation_and_sizes_are_the_published_ones():
         assert family(name).geometry(config, size).tokens == tokens
 
 
+# The processors that need torchvision are what AutoProcessor builds where that is installed.
+WITH_TORCHVISION = {
+    "siglip": "SiglipImageProcessor", "gemma3": "Gemma3ImageProcessor", "clip": "CLIPImageProcessor",
+    "got_ocr2": "GotOcr2ImageProcessor", "smolvlm": "SmolVLMImageProcessor", "idefics3": "Idefics3ImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor", "qwen2_vl": "Qwen2VLImageProcessor",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(IMAGE_PROCESSORS))
+def test_pixels_equal_the_torchvision_processors(name: str):
+    """Of squares at the model's size. They fold scaling into normalisation, so rounding may differ."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:  # also where a build does not fit torch
+        pytest.skip(f"torchvision cannot be imported here ({type(error).__name__}: {error})"[:160])
+    model = tiny(name)
+    module, _, options = IMAGE_PROCESSORS[name]
+    if module == "qwen2_vl":
+        options = {**options, "temporal_patch_size": model.geometry.temporal}
+    where = importlib.import_module(f"transformers.models.{module}.image_processing_{module}")
+    kind = getattr(where, f"{WITH_TORCHVISION[module]}Fast", None) or getattr(where, WITH_TORCHVISION[module])
+    processor = kind(image_mean=model.spec.mean, image_std=model.spec.std, **options)
+    images = resize(pictures(), SIZE)
+    theirs = processor([[image] for image in images], return_tensors="pt")
+    for key, value in model.pixels(torch.from_numpy(images)).items():
+        other = torch.stack(list(theirs[key])) if isinstance(theirs[key], list) else theirs[key]
+        torch.testing.assert_close(value, other.to(value.dtype), rtol=0, atol=2e-6)
+
+
 # --- combined processors: token ids too -----------------------------------------------------------------
 
 # Prompts as one gives them to the library's processor, which puts in the image's placeholders itself.

@@ -211,6 +211,7 @@ _OLDER: dict[str, Any] = {
     "prompts": {"own": _WITH_SYSTEM, "paper": _WITH_SYSTEM},
     "mean": CLIP_MEAN,
     "std": CLIP_STD,
+    "plain_pads": False,  # the library's own fall-back, where the authors gave no positions; for the newer they did
     "image_size": 224,  # the published 3136 pixels at least leave it as it is
     "published": ((r"^model\.(?=visual\.|language_model\.)", ""), (r"^model\.", "language_model.")),
 }

@@ -117,6 +117,7 @@ class FamilySpec:
     text_types: tuple[str, ...] = ()
     image_size: int | None = None
     upscale: int = 1
+    plain_pads: bool = True
     attention: str | dict[str, str] = "sdpa"
     embed_scale: str = "none"
     image_ids: Callable[[Any, int], list[int]] | None = None  # (tokenizer, number)
