@@ -1,0 +1,174 @@
+"""tabletop-vqa@1: scores against closed forms, rows of a real model, resuming, refusals, the capability row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlm4vla_core.backbone import Backbone, tiny
+from vlm4vla_core.cli import main
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.results import CAPABILITY_COLUMNS, wilson
+from vlm4vla_core.vqa import benchmark
+from vlm4vla_core.vqa.benchmark import BENCH, COLUMNS, capability, evaluate, item, normalised, score, show
+from vlm4vla_core.vqa.general import GENERAL
+
+
+def rows(right: dict[str, int], n: int, answers: str = "ab") -> pd.DataFrame:
+    """n questions of each kind, `right` of them right, the answers in turn."""
+    made = [
+        {"kind": kind, "answer": answers[i % len(answers)], "correct": i < hits, "model": "m", "family": "f",
+         "lineage": "f", "run_id": "r"}
+        for kind, hits in right.items()
+        for i in range(n)
+    ]  # fmt: skip
+    return pd.DataFrame(made)
+
+
+# --- scores
+
+
+def test_the_score_is_the_clipped_mean_above_the_majority():
+    found = score(rows({"x": 75, "y": 40, "z": 100}, 100))
+    assert found.table["majority"].tolist() == [0.5, 0.5, 0.5]
+    assert found.table["normalised"].tolist() == [0.5, 0.0, 1.0]  # (0.75 - 0.5) / 0.5, clipped, all right
+    assert found.score == pytest.approx(0.5) and found.n == 300
+    for line in found.table.itertuples():
+        assert (line.low, line.high) == wilson(line.correct, 100)
+
+
+def test_standard_error_and_interval_against_the_closed_form():
+    """Where nothing is clipped, the score is a mean of proportions over 1 - majority, with a binomial variance."""
+    found = score(rows({"x": 320, "y": 300}, 400))
+    variance = sum(p * (1 - p) / 400 / 0.5**2 for p in (0.8, 0.75)) / 4
+    assert found.stderr == pytest.approx(np.sqrt(variance), rel=0.05)
+    low, high = found.interval
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(variance), rel=0.07)
+    assert low < found.score < high
+
+
+def test_resampling_scenes_one_by_one_gives_the_same_spread():
+    table, rng = rows({"x": 66, "y": 52}, 90, "aab"), np.random.default_rng(1)
+    majority, means = {"x": 60 / 90, "y": 60 / 90}, []
+    parts = {kind: part["correct"].to_numpy() for kind, part in table.groupby("kind")}
+    for _ in range(3000):
+        again = {kind: part[rng.integers(90, size=90)].mean() for kind, part in parts.items()}
+        means.append(np.mean([max(0, (again[k] - majority[k]) / (1 - majority[k])) for k in again]))
+    found = score(table)
+    assert found.stderr == pytest.approx(np.std(means), rel=0.06)  # y is clipped in most draws
+    assert found.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+
+
+def test_one_answer_only_shows_nothing_and_forms_of_an_answer_are_one():
+    assert score(rows({"x": 10}, 10, "a")).score == 0
+    assert normalised("  Red\n Cube. ") == normalised("red cube") == "red cube"
+    assert normalised("red cubes") != "red cube"
+
+
+# --- a real model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vqa") / "vlm"
+    tiny("qwen2_5_vl", seed=3).save(folder)
+    return folder
+
+
+def run(*words: object) -> int:
+    return main(["evaluate", *map(str, words)])
+
+
+def test_rows_of_a_checkpoint_and_resuming(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    out, summary = tmp_path / "out", tmp_path / "summary.json"
+    assert run(checkpoint, "--benchmark", BENCH.protocol, "--episodes", 2, "--out", out, "--json", summary) == 0
+    table = pd.read_parquet(out / "rows.parquet")
+    assert tuple(table.columns) == COLUMNS and len(table) == 2 * len(GENERAL)
+    for line in table.itertuples():
+        expected = item(line.kind, line.number)
+        assert (line.scene_seed, line.domain) == (expected.seed, expected.domain)
+        assert (line.question, line.answer) == (expected.question, expected.answer)
+        assert line.correct == (normalised(line.given) == normalised(line.answer))
+    from vlm4vla_core.answers import answer
+
+    items = [item(line.kind, line.number) for line in table.itertuples()]
+    loaded = Backbone.load(checkpoint)
+    assert answer(loaded, show(items), [one.question for one in items], max_tokens=24) == table["given"].tolist()
+    told = json.loads(summary.read_text())
+    assert told["questions"] == len(table) and told["coverage"] == "8 of 8 kinds of questions"
+    (line,) = pd.read_csv(out / "capability.csv").to_dict("records")
+    assert tuple(line) == CAPABILITY_COLUMNS
+    assert line["model"] == "tiny qwen2_5_vl" and line["score"] == pytest.approx(told["score"]) and line["n"] == 16
+
+    asked = []
+    monkeypatch.setattr(benchmark, "item", lambda *cell: asked.append(cell) or item(*cell))
+    assert run(checkpoint, "--benchmark", BENCH.protocol, "--episodes", 2, "--out", out) == 0
+    assert not asked  # up to date
+    assert run(checkpoint, "--benchmark", BENCH.protocol, "--episodes", 3, "--out", out) == 0
+    assert asked == [(kind, 2) for kind in GENERAL]
+    assert len(pd.read_parquet(out / "rows.parquet")) == 3 * len(GENERAL)
+    assert "mean over kinds" in capsys.readouterr().out
+
+
+def test_a_killed_run_keeps_what_was_answered(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, calls = tmp_path / "out", []
+    monkeypatch.setattr(benchmark, "_GROUP", 4)
+
+    def dies(*cell):
+        calls.append(cell)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return item(*cell)
+
+    monkeypatch.setattr(benchmark, "item", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, out, kinds=("count", "left"), episodes=5)
+    assert len(pd.read_parquet(out / "rows.parquet")) == 4 and not (out / "capability.csv").exists()
+    monkeypatch.setattr(benchmark, "item", item)
+    whole = evaluate(checkpoint, out, kinds=("count", "left"), episodes=5)
+    assert len(whole) == 10 and not whole.duplicated(["kind", "number"]).any()
+
+
+def test_a_model_that_is_right_scores_one(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The words come from the model alone; put the right ones in its place, and every kind is whole."""
+    truth = {
+        one.question + str(show([one]).sum()): one.answer for one in (item(k, n) for k in GENERAL for n in range(4))
+    }
+    monkeypatch.setattr(
+        "vlm4vla_core.answers.answer",
+        lambda model, images, questions, max_tokens: [
+            truth[question + str(image.astype(int).sum())].upper() + "."
+            for image, question in zip(images, questions, strict=True)
+        ],
+    )
+    table = evaluate(checkpoint, tmp_path / "out", episodes=4)
+    assert table["correct"].all()
+    assert capability(table)["score"].iloc[0] == 1.0
+
+
+def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys):
+    untied = tiny("qwen2_5_vl", seed=3)
+    untied.base.config.tie_word_embeddings = False
+    untied.save(tmp_path / "untied")
+    tiny("qwen2_5_vl", seed=4).save(tmp_path / "other")
+    out = tmp_path / "out"
+    evaluate(checkpoint, out, kinds=("count",), episodes=1)
+    protocol = BENCH.protocol
+    for words, message in [
+        ([checkpoint, "--benchmark", "tabletop-vqa@2"], "unknown benchmark 'tabletop-vqa@2'"),
+        ([checkpoint, "--benchmark", protocol, "--tasks", "cont"], "no questions of kind 'cont'; did you mean 'count'"),
+        ([checkpoint, "--benchmark", protocol, "--execute", 2], "leave --execute and --data out"),
+        ([checkpoint, "--benchmark", protocol, "--episodes", 0], "--episodes must be at least 1"),
+        ([tmp_path / "untied", "--benchmark", protocol, "--out", tmp_path / "o2"], "no output layer"),
+        ([tmp_path / "other", "--benchmark", protocol, "--out", out], "answers of another model"),
+        ([tmp_path / "nowhere", "--benchmark", protocol, "--out", tmp_path / "o3"], "no such model folder"),
+    ]:
+        assert run(*words) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and message in error[0], error
+    with pytest.raises(InputError):
+        evaluate(checkpoint, tmp_path, episodes=1)  # a folder of the user's own
