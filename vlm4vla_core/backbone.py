@@ -11,7 +11,6 @@ multimodal positions). Ids always go in; `check_backbone` proves the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,13 +346,11 @@ class Backbone(nn.Module):
     def groups(self) -> dict[str, str]:
         """Parameter name -> module group: "vision.embed", "vision.0"…, "projector", "embeddings", "decoder.0"…,
         "decoder.norm", "lm_head", "query". Every parameter of this module is in exactly one group."""
-        return {name: self._group(name) for name, _ in self.named_parameters()}
-
-    def _group(self, name: str) -> str:
-        group = "query" if name == "query" else self.spec.group_of(name.removeprefix("base."))
-        if group is None:
-            raise ValueError(f"parameter {name} belongs to no module group of {self.spec.name}")
-        return group
+        found = {name: self.spec.group_of(name.removeprefix("base.")) for name, _ in self.named_parameters()}
+        found["query"] = "query"
+        if lost := [name for name, group in found.items() if group is None]:
+            raise ValueError(f"parameter {lost[0]} belongs to no module group of {self.spec.name}")
+        return {name: str(group) for name, group in found.items()}
 
     # --- saving
 
@@ -439,50 +436,6 @@ def tiny(
     return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage).eval()
 
 
-def rebuild(description: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int | None = None) -> Backbone:
-    """The backbone of a `describe` value; its weights are drawn from `seed`, or left to be filled in when None."""
-    from transformers import AutoConfig, AutoModel
-
-    from vlm4vla_core.hub import draw
-
-    spec = family(description["family"])
-    config = AutoConfig.for_model(**description["model"])
-    made = {"attn_implementation": description["attention"], "dtype": getattr(torch, description["dtype"])}
-    head = None
-    if seed is not None:
-        base, head = draw(config, spec, seed, untied=description["untied_head"], **made)
-        if description["lineage"].get("source", "").startswith("tiny "):
-            from vlm4vla_core.tiny import initialise
-
-            initialise(base, spec, torch.Generator().manual_seed(seed))
-    else:
-        with torch.random.fork_rng(devices=[]), _without_init():
-            base = AutoModel.from_config(config, **made)
-        if description["untied_head"]:
-            head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
-    options = BackboneOptions.from_dict(description.get("options", {"n_queries": description["n_queries"]}))
-    return Backbone(
-        base,
-        tokenizer,
-        spec,
-        description["image_size"],
-        options=options,
-        seed=seed or 0,
-        padding=description["padding"],
-        lm_head=head,
-        lineage=description["lineage"],
-    ).eval()
-
-
-def _without_init() -> Any:
-    """Skip drawing weights that are filled in next; a saving of time only, so it may be absent."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        return nullcontext()
-    return no_init_weights()
-
-
 def load_backbone(
     path: str | Path,
     *,
@@ -508,6 +461,7 @@ def load_backbone(
     missing or left over, or a weight is not finite.
     """
     from vlm4vla_core import checkpoint
+    from vlm4vla_core.hub import read_base
 
     if init not in ("pretrained", "scratch"):
         raise InputError(f"unknown init '{init}'", fix="use 'pretrained' or 'scratch'")
@@ -523,7 +477,12 @@ def load_backbone(
     def read(init: str) -> Backbone:
         if own:
             return checkpoint.reload(Path(path), init=init, seed=seed, dtype=dtype, attn=attn, image_size=image_size)
-        return _from_hub(str(path), init, seed, dtype, attn, image_size, language_head, options)
+        base, tokenizer, spec, head = read_base(
+            str(path), init=init, seed=seed, dtype=dtype, attn=attn, language_head=language_head
+        )
+        lineage = {"source": Path(path).name, "init": init, "init_seed": seed if init == "scratch" else None}
+        made = Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage)
+        return made.eval()
 
     if init == "pretrained" or len(parts) == len(PARTS):
         return read(init)
@@ -535,22 +494,3 @@ def load_backbone(
                 model.get_parameter(name).copy_(fresh[name])
     model.lineage |= {"init": f"scratch {' '.join(parts)}", "init_seed": seed}
     return model
-
-
-def _from_hub(
-    path: str,
-    init: str,
-    seed: int,
-    dtype: torch.dtype | None,
-    attn: str | None,
-    image_size: int | None,
-    language_head: bool,
-    options: BackboneOptions | None,
-) -> Backbone:
-    from vlm4vla_core.hub import read_base
-
-    base, tokenizer, spec, head = read_base(
-        path, init=init, seed=seed, dtype=dtype, attn=attn, language_head=language_head
-    )
-    lineage = {"source": Path(path).name, "init": init, "init_seed": seed if init == "scratch" else None}
-    return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lm_head=head, lineage=lineage).eval()

@@ -9,6 +9,7 @@ Trap: "the newest checkpoint of a run" means the newest *whole* one; a folder cu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,11 +242,9 @@ def _describe(path: Path) -> tuple[Path, dict[str, Any]]:
 def _build(folder: Path, description: dict[str, Any], seed: int | None = None) -> Backbone:
     from transformers import AutoTokenizer
 
-    from vlm4vla_core.backbone import rebuild
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        backbone = rebuild(description["backbone"], tokenizer, seed)
+        backbone = _rebuild(description["backbone"], tokenizer, seed)
         if lora := backbone.lineage.pop("lora", None):
             from vlm4vla_core.lora import add_lora
 
@@ -254,6 +253,54 @@ def _build(folder: Path, description: dict[str, Any], seed: int | None = None) -
     except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"the model cannot be built ({reason})", where=folder, fix="use another checkpoint") from None
+
+
+def _rebuild(description: dict[str, Any], tokenizer: Any, seed: int | None = None) -> Backbone:
+    """The backbone of a `describe` value; its weights are drawn from `seed`, or left to be filled in when None."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from vlm4vla_core.backbone import Backbone
+    from vlm4vla_core.families import family
+    from vlm4vla_core.hub import draw
+    from vlm4vla_core.options import BackboneOptions
+
+    spec = family(description["family"])
+    config = AutoConfig.for_model(**description["model"])
+    made = {"attn_implementation": description["attention"], "dtype": getattr(torch, description["dtype"])}
+    head = None
+    if seed is not None:
+        base, head = draw(config, spec, seed, untied=description["untied_head"], **made)
+        if description["lineage"].get("source", "").startswith("tiny "):
+            from vlm4vla_core.tiny import initialise
+
+            initialise(base, spec, torch.Generator().manual_seed(seed))
+    else:
+        with torch.random.fork_rng(devices=[]), _without_init():
+            base = AutoModel.from_config(config, **made)
+        if description["untied_head"]:
+            head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
+    options = BackboneOptions.from_dict(description.get("options", {"n_queries": description["n_queries"]}))
+    return Backbone(
+        base,
+        tokenizer,
+        spec,
+        description["image_size"],
+        options=options,
+        seed=seed or 0,
+        padding=description["padding"],
+        lm_head=head,
+        lineage=description["lineage"],
+    ).eval()
+
+
+def _without_init() -> Any:
+    """Skip drawing weights that are filled in next; a saving of time only, so it may be absent."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        return nullcontext()
+    return no_init_weights()
 
 
 def fill(model: torch.nn.Module, folder: Path, prefix: str = "") -> None:

@@ -352,5 +352,7 @@ def test_dtype_and_device_can_change_at_loading(tmp_path: Path):
     again = VLAPolicy.load(tmp_path / "half")
     assert again.backbone.base.dtype == torch.bfloat16
     assert np.array_equal(again.predict(pictures(), TEXTS).actions, two)
+    with pytest.raises(InputError, match="cannot be moved to 'cuda:99'"):
+        VLAPolicy.load(tmp_path / "ck", "cuda:99")
     meta = VLAPolicy.load(tmp_path / "ck", "meta")
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}

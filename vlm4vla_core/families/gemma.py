@@ -9,13 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.families.spec import (
-    HALF,
     FamilySpec,
     Geometry,
     Prompt,
     fixed_geometry,
-    last_grid,
-    plain_pixels,
     tiny_siglip,
     tiny_text,
 )
@@ -77,8 +74,6 @@ def _tiny_gemma3(ids: dict[str, int], size: int) -> Any:
 def _spec(name: str, **changes: Any) -> FamilySpec:
     return FamilySpec(
         name=name,
-        mean=HALF,
-        std=HALF,
         extra_inputs=("token_type_ids",),
         embed_scale="inside",
         published=(
@@ -92,11 +87,6 @@ def _spec(name: str, **changes: Any) -> FamilySpec:
         blocks="vision_tower.encoder.layers",
         vision_norm=("vision_tower.post_layernorm",),
         projector=("multi_modal_projector",),
-        embeddings="language_model.embed_tokens",
-        layers="language_model.layers",
-        norm="language_model.norm",
-        pixel_inputs=plain_pixels,
-        raster=last_grid,
         **changes,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm4vla_core.families.spec import FamilySpec, Geometry, Prompt, last_grid, no_inputs, plain_pixels, tiny_text
+from vlm4vla_core.families.spec import FamilySpec, Geometry, Prompt, tiny_text
 
 _PAD, _END = "<|endoftext|>", "<|im_end|>"
 
@@ -50,7 +50,6 @@ SPECS = (
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         upscale=2,
-        extra_inputs=(),
         positions="count",
         published=(
             (r"^model\.", ""),
@@ -62,13 +61,7 @@ SPECS = (
         blocks="vision_tower.encoder.layer",
         vision_norm=("vision_tower.layernorm",),
         projector=("multi_modal_projector",),
-        embeddings="language_model.embed_tokens",
-        layers="language_model.layers",
-        norm="language_model.norm",
         geometry=_geometry,
-        pixel_inputs=plain_pixels,
-        token_inputs=no_inputs,
-        raster=last_grid,
         tiny_config=_tiny,
     ),
 )

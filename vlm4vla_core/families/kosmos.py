@@ -15,8 +15,6 @@ from vlm4vla_core.families.spec import (
     Geometry,
     Prompt,
     fixed_geometry,
-    last_grid,
-    plain_pixels,
 )
 
 if TYPE_CHECKING:
@@ -82,9 +80,7 @@ SPECS = (
         layers="text_model.model.layers",
         norm="text_model.model.layer_norm",
         geometry=_geometry,
-        pixel_inputs=plain_pixels,
         token_inputs=_image_mask,
-        raster=last_grid,
         tiny_config=_tiny,
         spatial=False,
     ),

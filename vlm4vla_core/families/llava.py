@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.families.spec import (
-    HALF,
     FamilySpec,
     Geometry,
     Prompt,
     fixed_geometry,
-    no_inputs,
     tiny_siglip,
     tiny_text,
 )
@@ -68,9 +66,6 @@ SPECS = (
         image_token="<image>",
         query_token="<video>",  # we show it no videos
         special_tokens=(_PAD, "<|im_start|>", _END, "<image>", "<video>"),
-        mean=HALF,
-        std=HALF,
-        extra_inputs=(),
         positions="count",
         published=(
             (r"^model\.", ""),
@@ -83,14 +78,10 @@ SPECS = (
         blocks="vision_tower.encoder.layers",
         vision_norm=("vision_tower.post_layernorm",),
         projector=("multi_modal_projector", "image_newline"),
-        embeddings="language_model.embed_tokens",
-        layers="language_model.layers",
-        norm="language_model.norm",
         # The projector reads the last block's output, before the tower's last norm.
         no_gradient=(r"vision_tower\.post_layernorm\..*",),
         geometry=_geometry,
         pixel_inputs=_pixels,
-        token_inputs=no_inputs,
         raster=_whole,
         tiny_config=_tiny,
     ),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from vlm4vla_core.families.spec import (
     CLIP_MEAN,
     CLIP_STD,
-    HALF,
     UNEXPECTED,
     FamilySpec,
     Geometry,
@@ -176,8 +175,6 @@ def _tiny_qwen3_5(ids: dict[str, int], size: int) -> Any:
 def _spec(name: str, **changes: Any) -> FamilySpec:
     common: dict[str, Any] = {
         "prompts": {"own": Prompt(_TURN), "paper": _WITH_SYSTEM},
-        "mean": HALF,
-        "std": HALF,
         # The authors' processor enforced 256 x 28 x 28 pixels, so their 224 px images became 448 px.
         "upscale": 2,
         "patch_embed": ("visual.patch_embed", "visual.pos_embed"),
@@ -196,9 +193,6 @@ def _spec(name: str, **changes: Any) -> FamilySpec:
         vision_tower="visual",
         blocks="visual.blocks",
         vision_norm=(),
-        embeddings="language_model.embed_tokens",
-        layers="language_model.layers",
-        norm="language_model.norm",
         geometry=_qwen_geometry,
         pixel_inputs=_qwen_pixels,
         token_inputs=_qwen_token_types,

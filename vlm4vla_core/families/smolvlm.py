@@ -8,13 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.families.spec import (
-    HALF,
     FamilySpec,
     Geometry,
     Prompt,
     fixed_geometry,
-    last_grid,
-    no_inputs,
     tiny_text,
 )
 
@@ -67,9 +64,6 @@ def _spec(name: str, begin: str, **changes: Any) -> FamilySpec:
         special_tokens=(
             _PAD, _END, begin, "<image>", "<fake_token_around_image>", "<global-img>", "<row_6_col_6>",
         ),
-        mean=HALF,
-        std=HALF,
-        extra_inputs=(),
         positions="count",
         published=((r"^model\.", ""),),
         vision_tower="vision_model",
@@ -82,8 +76,6 @@ def _spec(name: str, begin: str, **changes: Any) -> FamilySpec:
         norm="text_model.norm",
         geometry=_geometry,
         pixel_inputs=_pixels,
-        token_inputs=no_inputs,
-        raster=last_grid,
         **changes,
     )  # fmt: skip
 

@@ -69,6 +69,21 @@ class Prompt:
     question: str = ACTION_QUESTION
 
 
+def plain_pixels(images: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+    """The model cuts its own patches."""
+    return {"pixel_values": images}
+
+
+def no_inputs(image: Tensor, suffix: Tensor) -> dict[str, Tensor]:
+    """Ids and mask are enough."""
+    return {}
+
+
+def last_grid(features: Tensor, geometry: Geometry, merged: bool) -> Tensor:
+    """Already in raster order; a class token before the patches is dropped."""
+    return features if merged else features[:, -(geometry.grid**2) :]
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """What the backbone must know about one family. Module paths are relative to the base that `AutoModel` gives.
@@ -81,7 +96,8 @@ class FamilySpec:
     padding token first. mean, std: normalisation of RGB in [0, 1]. image_size: pixels per side, None for the config's
     own. upscale: factor by which the authors' processors enlarged their 224 px images. extra_inputs: inputs without
     which the family fails silently. positions: "mrope" (the model's own 3-axis rule), "count" (of real tokens from 0),
-    "count1" (from 1) or "ids" (the model counts ids that are no padding). attention: implementation to ask for.
+    "count1" (from 1) or "ids" (the model counts ids that are no padding). plain_pads: whether the authors' plain
+    positions count padding. attention: implementation to ask for.
     embed_scale: where word embeddings are multiplied by sqrt(width): "none", "inside" the embedding layer (so not the
     query) or "after" it (so the query too). published: (pattern, replacement) pairs, applied in turn, from weight names
     in published files to names in the headless base. unexpected: patterns of headless names that the base leaves out.
@@ -96,9 +112,6 @@ class FamilySpec:
     image_token: str
     query_token: str
     special_tokens: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    extra_inputs: tuple[str, ...]
     positions: str
     published: tuple[tuple[str, str], ...]
     vision_tower: str
@@ -106,14 +119,17 @@ class FamilySpec:
     blocks: str
     vision_norm: tuple[str, ...]
     projector: tuple[str, ...]
-    embeddings: str
-    layers: str
-    norm: str
     geometry: Callable[[Any, int], Geometry]  # (config, image size)
-    pixel_inputs: Callable[[Tensor, Geometry], dict[str, Tensor]]  # normalised (B, 3, H, W) -> model inputs
-    token_inputs: Callable[[Tensor, Tensor], dict[str, Tensor]]  # (image, suffix), each bool (B, L) -> extra inputs
-    raster: Callable[[Tensor, Geometry, bool], Tensor]  # (features (B, n, C), geometry, merged) -> raster order
     tiny_config: Callable[[dict[str, int], int], Any]  # (special token -> id and "vocab" -> size, image size) -> config
+    pixel_inputs: Callable[[Tensor, Geometry], dict[str, Tensor]] = plain_pixels  # normalised (B, 3, H, W) -> inputs
+    extra_inputs: tuple[str, ...] = ()
+    token_inputs: Callable[[Tensor, Tensor], dict[str, Tensor]] = no_inputs  # (image, suffix), bool (B, L) -> those
+    raster: Callable[[Tensor, Geometry, bool], Tensor] = last_grid  # (features (B, n, C), geometry, merged)
+    embeddings: str = "language_model.embed_tokens"
+    layers: str = "language_model.layers"
+    norm: str = "language_model.norm"
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
     text_types: tuple[str, ...] = ()
     image_size: int | None = None
     upscale: int = 1
@@ -156,21 +172,6 @@ class FamilySpec:
 
 
 # --- pieces that several families share -----------------------------------------------------------------
-
-
-def plain_pixels(images: Tensor, geometry: Geometry) -> dict[str, Tensor]:
-    """The model cuts its own patches."""
-    return {"pixel_values": images}
-
-
-def no_inputs(image: Tensor, suffix: Tensor) -> dict[str, Tensor]:
-    """Ids and mask are enough."""
-    return {}
-
-
-def last_grid(features: Tensor, geometry: Geometry, merged: bool) -> Tensor:
-    """Already in raster order; a class token before the patches is dropped."""
-    return features if merged else features[:, -(geometry.grid**2) :]
 
 
 def fixed_geometry(config: Any, size: int, merge: int, placeholders: int | None = None) -> Geometry:
