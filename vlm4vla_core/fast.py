@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vlm4vla_core import folders
+from vlm4vla_core.episodes.checks import reason
 from vlm4vla_core.episodes.normalise import quantile_denormalise, quantile_normalise
 from vlm4vla_core.errors import InputError
 
@@ -143,7 +144,7 @@ class FastTokenizer:
         except InputError:
             raise
         except Exception as error:  # tokenizers raises plain Exception
-            raise InputError(f"damaged FAST tokenizer ({_reason(error)})", where=where, fix="fit it again") from None
+            raise InputError(f"damaged FAST tokenizer ({reason(error)})", where=where, fix="fit it again") from None
 
     def save(self, path: Path) -> None:
         """Write one JSON file, whole or not at all."""
@@ -156,10 +157,6 @@ class FastTokenizer:
 
 
 _FIELDS = ("horizon", "width", "scale", "lowest", "highest", "first", "q01", "q99")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0] or type(error).__name__
 
 
 def as_text(tokens: Iterable[int]) -> str:
@@ -254,9 +251,7 @@ def published(
         scale, lowest = float(config["scale"]), int(config["min_token"])
         bpe = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(
-            f"no published FAST tokenizer ({_reason(error)})", where=folder, fix="fetch it again"
-        ) from None
+        raise InputError(f"no published FAST tokenizer ({reason(error)})", where=folder, fix="fetch it again") from None
     low, high = (None if quantile is None else tuple(map(float, quantile)) for quantile in (q01, q99))
     highest = lowest + 0xD7FF  # the last character before the surrogates; the byte level can write any of them
     return FastTokenizer(shape[0], shape[1], scale, lowest, highest, 0, low, high, bpe)

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm4vla_core.episodes.normalise import quantile_denormalise, quantile_normalise
 from vlm4vla_core.episodes.sampling import (
     action_chunks,
     batch_rows,
     mixed_batch,
-    quantile_denormalise,
-    quantile_normalise,
     split_episodes,
 )
 from vlm4vla_core.errors import InputError

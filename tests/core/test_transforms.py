@@ -24,13 +24,11 @@ from vlm4vla_core.episodes.normalise import (
 from vlm4vla_core.episodes.rlds import open_rlds
 from vlm4vla_core.episodes.tfrecord import parse_example, read_records
 from vlm4vla_core.episodes.transforms import (
-    TRANSFORMS,
     bridge_orig,
     calvin_relative,
     convert,
     no_ops,
     settled_gripper,
-    transform_named,
 )
 from vlm4vla_core.errors import InputError
 
@@ -65,16 +63,6 @@ def test_bridge_orig_against_a_literal_reference(length: int, seed: int):
     np.testing.assert_array_equal(found, np.array(expected, np.float32).reshape(-1, 7))
 
 
-def test_named_transforms():
-    assert set(TRANSFORMS) == {"none", "bridge_orig", "calvin_relative", "libero_no_noops"}
-    action = np.arange(14.0).reshape(2, 7)
-    same, steps = transform_named("none")(action, action)
-    np.testing.assert_array_equal(same, action)
-    assert steps.tolist() == [0, 1]
-    with pytest.raises(InputError, match="did you mean 'bridge_orig'"):
-        transform_named("bridge")
-
-
 @pytest.mark.samples
 def test_bridge_sample_equals_openvla_exactly(samples: Path):
     expected = np.load(samples / "bridge_rlds_octo" / "openvla_bridge_orig_expected.npz")
@@ -102,9 +90,6 @@ def test_calvin_relative_reproduces_original_frames(samples: Path):
         np.stack([frame[key] for frame in frames]) for key in ("actions", "robot_obs", "rel_actions")
     )
     np.testing.assert_array_equal(calvin_relative(actions, robot_obs), rel_actions)
-    named, steps = transform_named("calvin_relative")(actions, robot_obs)
-    np.testing.assert_array_equal(named, rel_actions.astype(np.float32), strict=True)
-    assert steps.tolist() == [0, 1]
 
 
 def test_calvin_angles_differ_the_shorter_way_round():
@@ -133,9 +118,6 @@ def test_no_ops_against_the_loop_that_keeps_step_by_step(steps: list[tuple[float
         if not (size < 1e-4 and unchanged):
             kept.append(t)
     assert np.flatnonzero(~no_ops(action)).tolist() == kept
-    named, source_steps = transform_named("libero_no_noops")(action, action)
-    assert source_steps.tolist() == kept
-    np.testing.assert_array_equal(named, action[kept].astype(np.float32))
 
 
 def test_an_image_turned_by_180_degrees():

@@ -7,15 +7,17 @@ from all over the data; what it calls black was black in those, and the caller s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm4vla_core import images
 from vlm4vla_core.episodes.source import Skipped, Source
-from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from vlm4vla_core.episodes.writer import Episode
 
 
 def choose_splits(source: Source, wanted: Iterable[str] = ()) -> tuple[str, ...]:
@@ -48,13 +50,15 @@ def check_request(source: Source, cameras: Iterable[str], transform: str) -> Non
         raise InputError(what, where=source.folder, fix=nearest(transform, source.transforms))
 
 
-def numbers(value: Any, names: tuple[str, ...], what: str, where: str) -> np.ndarray:
-    """`value` as finite float32 (T, len(names)). Raises InputError naming the shape, or the step and dimension."""
+def numbers(value: Any, names: Sequence[str], what: str, where: str, *, finite: bool = True) -> np.ndarray:
+    """`value` as float32 (T, len(names)). Raises InputError naming the shape, or step and dimension of what is not
+    finite."""
     with np.errstate(over="ignore"):  # a float64 too large becomes infinite and is refused by name below
-        rows = np.asarray(value).astype(np.float32)
-    if rows.ndim != 2 or rows.shape[1] != len(names):
-        raise InputError(f"'{what}' has shape {rows.shape}, expected (T, {len(names)})", where=where)
-    if not np.isfinite(rows).all():
+        rows = np.ascontiguousarray(value, np.float32)
+    if rows.ndim != 2 or rows.shape[1] != len(names) or not names:
+        expected = f"(T, {len(names)}) for {', '.join(names) or 'no names'}"
+        raise InputError(f"'{what}' has shape {rows.shape}, expected {expected}", where=where)
+    if finite and not np.isfinite(rows).all():
         step, index = np.argwhere(~np.isfinite(rows))[0]
         kind = "NaN" if np.isnan(rows[step, index]) else "infinite"
         what = f"'{what}' is {kind} in dimension {index} ({names[index]})"
@@ -132,11 +136,7 @@ def _shows(episode: Episode, camera: str) -> bool:
                 frame = images.decode(frame)
             except ValueError as error:
                 what = f"image of camera '{camera}' cannot be read ({error})"
-                raise InputError(what, where=f"{source_of(episode)}, step {step}") from None
+                raise InputError(what, where=f"{episode.source}, step {step}") from None
         if frame.max() > images.BLACK:
             return True
     return False
-
-
-def source_of(episode: Episode | Skipped) -> str:
-    return episode.source if isinstance(episode, Episode) else episode.where

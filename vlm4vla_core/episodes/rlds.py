@@ -103,24 +103,16 @@ class RldsSource:
 
     folder: Path
     name: str
-    layout_name: str
+    layout: Layout
+    convention: ActionConvention
+    state_names: tuple[str, ...]
+    transforms: tuple[str, ...]
+    rendered: bool
     shapes: dict[str, tuple[int, ...]]
     cameras: tuple[str, ...]
     shards: dict[str, tuple[tuple[Path, int], ...]]
     format: str = "rlds"
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def layout(self) -> Layout:
-        return LAYOUTS[self.layout_name]
-
-    @property
-    def convention(self) -> ActionConvention:
-        return self.layout.convention
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return self.layout.state_names
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -129,14 +121,6 @@ class RldsSource:
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.shards)
-
-    @property
-    def transforms(self) -> tuple[str, ...]:
-        return tuple(self.layout.transforms)
-
-    @property
-    def rendered(self) -> bool:
-        return self.layout.rendered
 
     def units(self, splits: tuple[str, ...]) -> list[Unit]:
         """One unit per tfrecord file. Raises InputError on an unknown split."""
@@ -235,13 +219,14 @@ def _size(shape: tuple[int, ...]) -> tuple[int, int]:
 def open_rlds(source: Path) -> RldsSource:
     """Open a TFDS folder and find its layout. Raises InputError when a file is missing, damaged or of no known kind."""
     described = describe(source)
-    layout_name = _layout_of(described)
-    prefix = LAYOUTS[layout_name].cameras
+    layout = _layout_of(described)
+    prefix = layout.cameras
     cameras = tuple(sorted(key.removeprefix(prefix) for key in described.pictures if key.startswith(prefix)))
-    return RldsSource(described.folder, described.name, layout_name, described.shapes, cameras, described.shards)
+    meaning = (layout.convention, layout.state_names, tuple(layout.transforms), layout.rendered)
+    return RldsSource(described.folder, described.name, layout, *meaning, described.shapes, cameras, described.shards)
 
 
-def _layout_of(described: Description) -> str:
+def _layout_of(described: Description) -> Layout:
     shapes = described.shapes
 
     def width(keys: tuple[str, ...]) -> int:
@@ -251,11 +236,11 @@ def _layout_of(described: Description) -> str:
             sum((*shape, 1)[0] for shape in found) if all(len(shape) < 2 and 0 not in shape for shape in found) else 0
         )
 
-    for name, layout in LAYOUTS.items():
+    for layout in LAYOUTS.values():
         sizes = (width(layout.action), width(layout.state))
         named = {layout.language, *layout.marks} <= shapes.keys()
         if named and sizes == (layout.convention.size, len(layout.state_names)):
-            return name
+            return layout
     keys = ", ".join(f"{key}{list(shape)}" for key, shape in shapes.items() if key.startswith("steps/"))
     known = "; ".join(
         f"{name}: {' + '.join(spec.action)}[{spec.convention.size}], {' + '.join(spec.state)}"

@@ -13,16 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlm4vla_core.episodes.normalise import quantile_denormalise, quantile_normalise
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
     from vlm4vla_core.episodes.store import EpisodeStore
 
-__all__ = [
-    "action_chunks", "batch_rows", "mixed_batch", "quantile_denormalise", "quantile_normalise", "rank_slice",
-    "split_episodes",
-]  # fmt: skip
 _BLOCK = 4096  # samples of a mixture in which every part has its exact share
 
 
@@ -47,8 +42,7 @@ def batch_rows(
     an epoch is filled from the next one, so a batch larger than `candidates` spans several epochs.
     Raises ValueError on no candidates, InputError as `rank_slice`.
     """
-    _check(batch_size, step)
-    position = step * batch_size + np.arange(batch_size)[rank_slice(batch_size, rank, world)]
+    position = _positions(batch_size, step, rank, world)
     return _at(np.asarray(candidates), position, seed)
 
 
@@ -69,11 +63,10 @@ def mixed_batch(
     sample's row be computed from its place alone. Raises InputError on weights that are not positive or below 1/4096
     of their sum.
     """
-    _check(batch_size, step)
+    position = _positions(batch_size, step, rank, world)
     weights = tuple(float(weight) for weight in weights)
     if len(weights) != len(candidates):
         raise ValueError(f"{len(weights)} weights for {len(candidates)} sets")
-    position = step * batch_size + np.arange(batch_size)[rank_slice(batch_size, rank, world)]
     block, inside = np.divmod(position, _BLOCK)
     which, row = np.empty(len(position), np.int64), np.empty(len(position), np.int64)
     for value in np.unique(block):
@@ -100,9 +93,11 @@ def _block(weights: tuple[float, ...], seed: int, block: int) -> tuple[np.ndarra
 _MIX = 1 << 31  # keeps the choice of sets apart from the orders within sets
 
 
-def _check(batch_size: int, step: int) -> None:
+def _positions(batch_size: int, step: int, rank: int, world: int) -> np.ndarray:
+    """The places of a step's samples, this process's slice of them, in the endless sequence of all samples."""
     if batch_size < 1 or step < 0:
         raise ValueError(f"no batch of {batch_size} at step {step}")
+    return step * batch_size + np.arange(batch_size)[rank_slice(batch_size, rank, world)]
 
 
 def _shares(weights: tuple[float, ...]) -> np.ndarray:

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from vlm4vla_core.actions import ActionConvention
-from vlm4vla_core.episodes.writer import Episode
+if TYPE_CHECKING:
+    from vlm4vla_core.actions import ActionConvention
+    from vlm4vla_core.episodes.writer import Episode
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Trap: images are JPEG and so not exactly what the source held, unless the source
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from vlm4vla_core import folders, images
 from vlm4vla_core.actions import ActionConvention
 from vlm4vla_core.episodes.assemble import finish, statistics
+from vlm4vla_core.episodes.checks import reason
 from vlm4vla_core.episodes.frames import LAYERS, unpack
 from vlm4vla_core.episodes.writer import KIND, MANIFEST, Episode, Recipe, Writer
 from vlm4vla_core.errors import InputError, nearest
@@ -47,36 +48,33 @@ def write_store(
     inputs: Mapping[str, str],
     transform: str = "none",
     image_size: int | None = None,
-    jpeg_quality: int = 95,
     jpeg_444: bool = False,
     encoding: str = "jpeg",
     column_names: Mapping[str, tuple[str, ...]] | None = None,
-    provenance_note: str = "",
-    progress: Callable[[int], Any] | None = None,
-    account: Callable[[], Mapping[str, Any]] | None = None,
 ) -> EpisodeStore:
     """Write episodes, consumed one at a time, into a store folder that appears whole or not at all.
 
     config, inputs: what decides the content (see `folders.current`). image_size: square training size; None
-    keeps the source's. encoding: "jpeg" or "raw". column_names: the names within each further column. progress: called
-    with the number of steps of each episode written, such as a bar's `update`. account: called after the last
-    episode; what it returns (what the reader left out, say) goes into the manifest. Raises InputError on no episodes,
-    on an episode that is empty, has NaN or infinite state or action, or does not have the shapes of the first one, and
-    when `out` holds something that is no store.
+    keeps the source's. encoding: "jpeg" or "raw". column_names: the names within each further column. Raises
+    InputError on no episodes, on an episode that is empty, has NaN or infinite state or action, or does not have the
+    shapes of the first one, and when `out` holds something that is no store.
     """
     out = Path(out)
-    columns = dict(column_names or {})
-    recipe = Recipe(convention, tuple(state_names), image_size, jpeg_quality, jpeg_444, encoding, columns)
+    recipe = Recipe(
+        convention,
+        tuple(state_names),
+        image_size=image_size,
+        full_colour=jpeg_444,
+        encoding=encoding,
+        columns=dict(column_names or {}),
+    )
     with folders.new_folder(out, KIND) as folder:
         writer = Writer(folder, recipe)
         for episode in episodes:
             writer.add(episode)
-            if progress:
-                progress(len(episode.action))
         part = writer.close()
-        facts: dict[str, Any] = {"source": source, "transform": transform, "provenance_note": provenance_note}
-        told = {**({"notes": part.notes} if part.notes else {}), **(account() if account else {})}
-        finish(folder, [part], recipe, config=config, inputs=inputs, account=told, **facts)
+        told = {"notes": part.notes} if part.notes else {}
+        finish(folder, [part], recipe, config=config, inputs=inputs, account=told, source=source, transform=transform)
     return EpisodeStore.open(out)
 
 
@@ -130,8 +128,7 @@ class EpisodeStore:
             if steps != expected or lengths.sum() != steps or (store.starts != np.cumsum(lengths) - lengths).any():
                 raise InputError(f"{steps} steps found, the manifest says {expected}", where=path, fix=REMAKE)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:  # ArrowInvalid is a ValueError
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"damaged episode store ({reason})", where=path, fix=REMAKE) from None
+            raise InputError(f"damaged episode store ({reason(error)})", where=path, fix=REMAKE) from None
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -327,6 +324,5 @@ def _read_arrow(path: Path) -> pa.Table:
             table = pa.ipc.open_file(source).read_all().unify_dictionaries()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"damaged or cut short ({reason})", where=path, fix=REMAKE) from None
+        raise InputError(f"damaged or cut short ({reason(error)})", where=path, fix=REMAKE) from None
     return table

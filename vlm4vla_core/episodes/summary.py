@@ -64,10 +64,6 @@ class Summary:
 
         return pd.DataFrame([asdict(dimension) for dimension in self.dimensions]).drop(columns="histogram")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return asdict(self)
-
 
 def summarise(store: EpisodeStore) -> Summary:
     """Counts, per-dimension statistics and warnings of a store; most frequent instructions first."""

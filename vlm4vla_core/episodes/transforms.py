@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm4vla_core.actions import ActionConvention
 from vlm4vla_core.episodes.rotations import SIZES, convert_rotation
-from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.errors import InputError
 
 NO_MOTION = 1e-4  # LIBERO: norm of an action's six motion numbers below which it does nothing
 CALVIN_M, CALVIN_RAD = 0.02, 0.05  # CALVIN: what one unit of a relative action stands for
@@ -87,30 +87,6 @@ def calvin_relative(actions: np.ndarray, robot_obs: np.ndarray) -> np.ndarray:
     turn = (actions[:, 3:6] - robot_obs[:, 3:6] + np.pi) % (2 * np.pi) - np.pi
     motion = [np.clip(away, -CALVIN_M, CALVIN_M) / CALVIN_M, np.clip(turn, -CALVIN_RAD, CALVIN_RAD) / CALVIN_RAD]
     return np.concatenate([*motion, actions[:, 6:]], axis=1)
-
-
-def _calvin_relative(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return none(calvin_relative(action, state), state)
-
-
-def _no_noops(action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept = np.flatnonzero(~no_ops(action))
-    return np.asarray(action, np.float32)[kept], kept
-
-
-TRANSFORMS: dict[str, Transform] = {
-    "none": none,
-    "bridge_orig": bridge_orig,
-    "calvin_relative": _calvin_relative,
-    "libero_no_noops": _no_noops,
-}
-
-
-def transform_named(name: str) -> Transform:
-    """A transform by its name. Raises InputError naming the known ones."""
-    if name not in TRANSFORMS:
-        raise InputError(f"unknown transform '{name}'", fix=nearest(name, TRANSFORMS))
-    return TRANSFORMS[name]
 
 
 # --- between conventions

@@ -20,6 +20,7 @@ import numpy as np
 from vlm4vla_core import folders
 from vlm4vla_core.actions import ActionConvention
 from vlm4vla_core.episodes import frames
+from vlm4vla_core.episodes.checks import numbers, same_length
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,15 +122,16 @@ class Writer:
         if episode.split not in ("train", "val"):
             raise InputError(f"unknown split '{episode.split}'", where=where, fix="use 'train' or 'val'")
         piece: dict[str, Any] = {
-            "state": _floats("state", episode.state, length, self.recipe.state_names, where, finite=True),
-            "action": _floats("action", episode.action, length, self.recipe.convention.names, where, finite=True),
+            "state": numbers(episode.state, self.recipe.state_names, "state", where),
+            "action": numbers(episode.action, self.recipe.convention.names, "action", where),
         }
         if not part.rows:
             self._declare(episode, where)
         _same_names("camera", part.cameras, episode.images, where)
         _same_names("column", part.columns, episode.columns, where)
         for name, names in part.columns.items():
-            piece[name] = _floats(name, episode.columns[name], length, tuple(names), where, finite=False)
+            piece[name] = numbers(episode.columns[name], names, name, where, finite=False)
+        same_length(piece, where)
         digest = hashlib.sha256(piece["action"].tobytes() + piece["state"].tobytes())
         for camera in part.cameras:
             piece[f"image/{camera}"] = self._encode(camera, episode.images[camera], length, where)
@@ -222,24 +224,6 @@ class Writer:
         if self.pending:
             self._flush()
         return self.part
-
-
-def _floats(what: str, value: Any, length: int, names: tuple[str, ...], where: str, *, finite: bool) -> np.ndarray:
-    """`value` as float32 (T, len(names)), checked."""
-    with np.errstate(over="ignore"):  # a float64 too large becomes infinite and is then refused by name
-        array = np.ascontiguousarray(value, dtype=np.float32)
-    if array.shape != (length, len(names)) or not names:
-        expected = f"({length}, {len(names)}) for {', '.join(names) or 'no names'}"
-        raise InputError(f"{what} has shape {array.shape}, expected {expected}", where=where)
-    if finite and not np.isfinite(array).all():
-        step, index = np.argwhere(~np.isfinite(array))[0]
-        value = "NaN" if np.isnan(array[step, index]) else "infinite"
-        raise InputError(
-            f"{what} is {value} in dimension {index} ({names[index]})",
-            where=f"{where}, step {step}",
-            fix="repair or drop the episode",
-        )
-    return array
 
 
 def _same_names(what: str, known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
