@@ -147,7 +147,7 @@ class _Run:
                     "cut": self.data.cut(),
                 },
                 "parameters": {"total": total, "trained": trained, "new": new, "new_share": share},
-                "devices": {"processes": self.devices.world, "device": str(self.devices.device)},
+                "devices": {"processes": self.devices.world, "device": self.devices.device.type},
                 "made_by": folders.provenance(),
             },
         )
@@ -206,7 +206,7 @@ class _Run:
             (reached,) = devices.sum([0.0])  # all follow the first
         folder = checkpoint.step_folder(self.out, int(reached))
         if reached:
-            checkpoint.fill(self.model, folder)
+            checkpoint.fill(self.model, folder, "" if self.backbone is not self.model else "backbone.")
             self.step = checkpoint.restore_optimizer(folder, self.model, self.optimizer)
         self.metrics = folders.read_manifest(folder, checkpoint.KIND)["metrics"]
         lines = read_log(self.out, self.step)

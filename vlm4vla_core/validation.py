@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     import torch
 
     from vlm4vla_core.backbone import Backbone
-    from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.policy import VLAPolicy
 
 _BATCH = 64
-BatchMaker = Callable[[np.ndarray, np.random.Generator], "dict[str, torch.Tensor]"]
+# Inputs of some places among the held-out rows.
+BatchMaker = Callable[[slice, np.random.Generator], "dict[str, torch.Tensor]"]
 
 
-def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, batch: BatchMaker) -> dict[str, Any]:
-    """Losses and errors over `rows`, every real step of every chunk counted once.
+def action_metrics(policy: VLAPolicy, batch: BatchMaker, rows: int) -> dict[str, Any]:
+    """Losses and errors over that many held-out rows, every real step of every chunk counted once.
 
     loss, arm, gripper: as in training; of a flow head, the regression losses of its sample of seed 0. constant_arm: the
     arm loss of a constant action at each place of the chunk, the rows' own mean target. error: mean absolute error per
@@ -35,8 +35,8 @@ def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, bat
 
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in ("arm", "gripper", "targets", "opens", "mask")}
     with torch.no_grad():
-        for start in range(0, len(rows), _BATCH):
-            inputs = batch(rows[start : start + _BATCH], np.random.default_rng(0))
+        for start in range(0, rows, _BATCH):
+            inputs = batch(slice(start, start + _BATCH), np.random.default_rng(0))
             arm, gripper = policy.outputs(inputs)
             values = (arm, gripper, inputs["arm_targets"], inputs["gripper_targets"], inputs["action_mask"])
             for name, value in zip(kept, values, strict=True):
@@ -56,31 +56,39 @@ def action_metrics(policy: VLAPolicy, store: EpisodeStore, rows: np.ndarray, bat
         "error": dict(zip(names, (error.numpy() * policy.config.unit()).tolist(), strict=True)),
         "gripper_accuracy": float(((gripper > 0) == (opens > 0.5))[mask].float().mean()),
         "gripper_majority": max(open_share, 1 - open_share),
-        "rows": len(rows),
+        "rows": rows,
     }
 
 
-def language_metrics(backbone: Backbone, rows: np.ndarray, batch: BatchMaker) -> dict[str, Any]:
+def language_metrics(
+    backbone: Backbone,
+    batch: BatchMaker,
+    rows: int,
+    read: Callable[[list[list[int]]], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Loss and accuracy on one fixed question per row.
 
     loss: mean cross-entropy over answer tokens (nats). token_accuracy: of answer tokens, given the ones before (teacher
     forcing), the closing token left out. answer_accuracy: answers with every token right. majority: answer accuracy
-    of always giving the commonest answer.
+    of always giving the commonest answer. read: measures more on the tokens written, closing one left out, per row.
     """
     import torch
 
     losses, right, exact = [], [], []
     answers: list[tuple[int, ...]] = []
+    written: list[list[int]] = []
     with torch.no_grad():
-        for start in range(0, len(rows), _BATCH):
-            inputs = batch(rows[start : start + _BATCH], np.random.default_rng([0, start]))
+        for start in range(0, rows, _BATCH):
+            inputs = batch(slice(start, start + _BATCH), np.random.default_rng([0, start]))
             logits, targets = backbone.answer_logits(inputs)
             losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-            hit = (logits.argmax(-1) == targets).cpu()
+            guess = logits.argmax(-1).cpu()
+            hit = guess == targets.cpu()
             content = (targets != backbone.end_id).cpu()
             right.append(hit[content])
             counts = (inputs["labels"] != -100).sum(1).tolist()
             exact += [bool(part.all()) for part in hit.split(counts)]
+            written += [part[:-1].tolist() for part in guess.split(counts)]
             answers += [tuple(part.tolist()) for part in targets.cpu().split(counts)]
     commonest = max(answers.count(answer) for answer in set(answers))
     return {
@@ -88,5 +96,6 @@ def language_metrics(backbone: Backbone, rows: np.ndarray, batch: BatchMaker) ->
         "token_accuracy": float(torch.cat(right).float().mean()),
         "answer_accuracy": float(np.mean(exact)),
         "majority": commonest / len(answers),
-        "rows": len(rows),
+        **(read(written) if read else {}),
+        "rows": rows,
     }

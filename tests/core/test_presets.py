@@ -14,10 +14,10 @@ from vlm4vla_core.cli import main
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.options import PAPER, BackboneOptions
 from vlm4vla_core.policy import VLAPolicy
-from vlm4vla_core.presets import make_config
+from vlm4vla_core.presets import PRESETS, SOURCES, make_config
 from vlm4vla_core.training import train
 
-BENCHMARKS = {"paper": "CALVIN ABC-D", "paper-bridge": "SimplerEnv-Bridge", "paper-libero": "LIBERO-10"}
+BENCHMARKS = {"paper/calvin": "CALVIN ABC-D", "paper/bridge": "SimplerEnv-Bridge", "paper/libero10": "LIBERO-10"}
 SHORT = {"max_steps": 2, "batch_size": 2, "val_rows": 4, "threads": 1, "head_width": 16, "warmup_steps": 0}
 
 
@@ -38,10 +38,36 @@ def test_presets_are_the_released_configurations(name: str):
     assert made.gripper_weight == float(row["gripper_loss_weight"]) and made.seed == int(row["seed"])
     assert made.image_size == int(row["image_size"]) and made.clip_actions == float(row["norm_max"])
     assert made.clip == 0 and made.schedule == "constant" and made.freeze == made.lora == ()
-    steps = {"paper": 30_000}.get(name) or int(row["max_steps"])
+    steps = {"paper/calvin": 30_000}.get(name) or int(row["max_steps"])
     assert made.max_steps == steps
-    assert made.normalisation == ("clip" if name == "paper" else "quantile_clip")
+    assert made.normalisation == ("clip" if name == "paper/calvin" else "quantile_clip")
     assert made.options() == PAPER and not made.default_options()
+    assert made.augmentation == {"paper/calvin": "calvin", "paper/bridge": "bridge", "paper/libero10": "libero"}[name]
+
+
+HUB = {
+    "Qwen3-VL-4B": "Qwen/Qwen3-VL-4B-Instruct", "InternVL3.5-4B": "OpenGVLab/InternVL3_5-4B-HF",
+    "PaliGemma-1": "google/paligemma-3b-pt-224", "Kosmos-2": "microsoft/kosmos-2-patch14-224",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS))
+def test_rates_are_those_of_each_family(name: str):
+    with folders.shipped("data/paper/training_configs.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    for model, hub in HUB.items():
+        rates = {
+            float(row["lr"]) for row in rows
+            if (row["benchmark"], row["model"], row["head"]) == (BENCHMARKS[name], model, "FCDecoder")
+        }  # fmt: skip
+        assert {make_config(name, {"backbone": hub}).lr} == rates
+    assert make_config(name, {"family": "kosmos2"}).lr == make_config(name, {"backbone": HUB["Kosmos-2"]}).lr
+    assert make_config(name, {"backbone": HUB["Kosmos-2"], "lr": 1e-4}).lr == 1e-4
+
+
+def test_every_value_of_the_authors_presets_has_a_source():
+    unsourced = set(PRESETS["paper/bridge"]) - set(SOURCES) - set(PAPER.to_dict())
+    assert not unsourced
 
 
 def test_what_is_not_said_is_the_default():
@@ -53,7 +79,7 @@ def test_what_is_not_said_is_the_default():
 
 
 def test_the_authors_choices_reach_the_checkpoint(data: Path, tmp_path: Path):
-    config = make_config("paper", {**SHORT, "image_size": 28, "save_every": 0})
+    config = make_config("paper/calvin", {**SHORT, "precision": "fp32", "image_size": 28, "save_every": 0})
     last = train(config, data, tmp_path / "run")
     policy = VLAPolicy.load(last)
     assert policy.backbone.options.to_dict() == {**PAPER.to_dict(), "image_size": 28}

@@ -57,7 +57,8 @@ def bytes_of(run: Path) -> list[bytes]:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in lines]
+    measured = ("samples_per_s", "waiting", "memory_gb")  # of the machine, not of the run
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 # --- what a run leaves ----------------------------------------------------------------------------------

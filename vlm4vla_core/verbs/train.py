@@ -1,65 +1,52 @@
-"""Turn a VLM into a VLA from an episode store, or train it on questions about the same pictures.
+"""Turn a VLM into a VLA from episode stores, or train it on questions or action tokens about the same pictures.
 
-RECIPE is a preset (tiny, or paper, paper-bridge and paper-libero with the authors' choices) or a TOML file of settings.
-Issuing the command again goes on where a killed run stopped, exactly, and does nothing once the run is finished;
-other settings or data need another --out.
+RECIPE is a preset (tiny, or paper/calvin, paper/bridge and paper/libero10 with the authors' choices) or a TOML file of
+settings, with [[stages]] tables if one is to follow the other. Every setting is an option, too. Issuing the command
+again goes on where a killed run stopped, exactly, and does nothing once the run is finished; other settings or data
+need another --out. For several processes: torchrun --nproc-per-node 2 -m vlm4vla_core.cli train …
 
 Example: vlm4vla train tiny --data stores/tabletop --out runs/vla
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
-
-Part = Literal["vision", "projector", "decoder", "word_embeddings"]
+from vlm4vla_core.presets import SOURCES, TrainConfig, make_stages
 
 
 @dataclass(frozen=True)
-class Args:
+class _Own:
     recipe: Positional[str]
-    """Preset (tiny, paper, paper-bridge, paper-libero) or TOML file."""
-    data: Path
-    """Episode store."""
+    """Preset (tiny, paper/calvin, paper/bridge, paper/libero10) or TOML file."""
+    data: tuple[Path, ...]
+    """Episode store, or several."""
     out: Path
-    """Run folder: run.json, log.jsonl, checkpoints/."""
-    objective: Literal["action", "language"] | None = None
-    """action (the VLA) or language (answers to questions about the scene)."""
-    backbone: str | None = None
-    """Model to start from: a Hugging Face folder or hub id, or a checkpoint or run of this project."""
-    freeze: tuple[Part, ...] | None = None
-    """Parts that are not trained. "projector" is the merger, which "vision" does not include."""
-    lora: tuple[Part, ...] | None = None
-    """Parts whose weights stay while low-rank adapters on them are trained."""
-    head: Literal["fc", "mlp", "flow"] | None = None
-    """Policy head: fc (the paper's), mlp (two layers) or flow (generates actions from noise)."""
-    max_steps: int | None = None
-    """Optimizer steps."""
-    batch_size: int | None = None
-    """Samples per step."""
-    lr: float | None = None
-    """Learning rate after warm-up."""
-    seed: int | None = None
-    """Seed of the start weights and of the data order."""
-    save_every: int | None = None
-    """Steps between checkpoints; 0 keeps only the start and the end."""
-    camera: str | None = None
-    """Camera of the store; its first one by default."""
-    threads: int | None = None
-    """Torch threads; 2 at most by default."""
+    """Run folder: run.json, log.jsonl, checkpoints/; of several stages, a folder of runs."""
+    dry_run: bool = False
+    """Print the plan (settings, parameters, memory, tokens, checkpoints) and stop."""
     json: Path | None = None
     """Also write the summary as JSON."""
 
 
-_SETTINGS = (
-    "objective", "backbone", "freeze", "lora", "head", "max_steps", "batch_size", "lr", "seed", "save_every", "camera",
-    "threads",
-)  # fmt: skip
+def _option(name: str, setting: Any) -> tuple[str, Any, Any]:
+    kind = dict[str, float] if name == "auxiliary" else setting.annotation
+    return name, Annotated[kind | None, tyro.conf.arg(help=setting.description)], field(default=None)
+
+
+# Every setting is an option: what is left out is the recipe's.
+Args: Any = make_dataclass(
+    "Args",
+    [_option(name, setting) for name, setting in TrainConfig.model_fields.items()],
+    bases=(_Own,),
+    frozen=True,
+)
 
 # Names of the measured values (see `validation`) for people.
 _LABELS = {
@@ -71,25 +58,44 @@ _LABELS = {
     "token_accuracy": "answer tokens right",
     "answer_accuracy": "answers right",
     "majority": "  of always the commonest answer",
+    "decoded": "token sequences that are a chunk",
 }
+_PEOPLE = {"m": ("mm", 1000.0), "rad": ("degrees", 57.29577951308232)}
 
 
-def run(args: Args) -> int:
-    from vlm4vla_core.presets import make_config
-    from vlm4vla_core.training import train, up_to_date
+def run(args: Any) -> int:
+    given = {name: getattr(args, name) for name in TrainConfig.model_fields if getattr(args, name) is not None}
+    stages = make_stages(args.recipe, given)
+    summaries = []
+    for number, (name, config) in enumerate(stages):
+        if number:  # after the last checkpoint of the stage before
+            config = config.model_copy(update={"backbone": str(args.out / stages[number - 1][0])})
+        out = args.out / name
+        if name:
+            print(f"stage {number + 1} of {len(stages)}: {name}")
+        if args.dry_run:
+            from vlm4vla_core.plan import plan
 
-    given = {name: getattr(args, name) for name in _SETTINGS}
-    config = make_config(args.recipe, {name: value for name, value in given.items() if value is not None})
-    last = up_to_date(config, args.data, args.out)
-    if last:
-        print(f"{args.out} is up to date")
-    else:
-        last = train(config, args.data, args.out)
-    summary = _summary(args.out, last)
-    _print(summary)
+            before = stages[0][1].backbone if number else config.backbone  # the same model
+            summaries.append(plan(config.model_copy(update={"backbone": before}), args.data))
+            _print_plan(summaries[-1], config if args.recipe.startswith("paper/") else None)
+            continue
+        summaries.append(_summary(out, _train(config, args.data, out)))
+        _print(summaries[-1])
     if args.json:
-        folders.write_json(args.json, summary)
+        folders.write_json(args.json, summaries[0] if len(summaries) == 1 else {"stages": summaries})
     return 0
+
+
+def _train(config: TrainConfig, data: tuple[Path, ...], out: Path) -> Path:
+    from vlm4vla_core.run_folder import finished, run_inputs
+
+    if last := finished(config, run_inputs(config, data), out):
+        print(f"{out} is up to date")
+        return last
+    from vlm4vla_core.training import train
+
+    return train(config, data, out)
 
 
 def _summary(out: Path, last: Path) -> dict[str, Any]:
@@ -107,6 +113,7 @@ def _summary(out: Path, last: Path) -> dict[str, Any]:
         "start": start["metrics"],
         "end": manifest["metrics"],
         "units": units,
+        "cut": settings["data"]["cut"],
     }
 
 
@@ -118,13 +125,34 @@ def _print(summary: dict[str, Any]) -> None:
     if sizes["new"]:
         line += f"; the adaptation adds {sizes['new']:,} ({100 * sizes['new_share']:.2g} %)"
     print(line)
+    _warn_cut(summary["cut"])
     start, end = summary["start"], summary["end"]
     if end:
         print(f"{'held-out':<36}{'start':>10}{'end':>10}   ({end['rows']} rows)")
         for name in end:
             if isinstance(end[name], float):
-                print(f"{_LABELS.get(name, name):<36}{start[name]:>10.4f}{end[name]:>10.4f}")
+                print(f"{_LABELS.get(name, name):<36}{start.get(name, float('nan')):>10.4f}{end[name]:>10.4f}")
         for name, value in end.get("error", {}).items():
-            label = f"mean error {name} [{summary['units'][name]}]"
-            print(f"{label:<36}{start['error'][name]:>10.4f}{value:>10.4f}")
+            unit, factor = _PEOPLE.get(summary["units"].get(name, ""), (summary["units"].get(name, "own unit"), 1.0))
+            before = start["error"].get(name, float("nan")) * factor
+            print(f"{f'mean error {name} [{unit}]':<36}{before:>10.4f}{value * factor:>10.4f}")
     print(f"checkpoint: {summary['checkpoint']}")
+
+
+def _warn_cut(cut: dict[str, float]) -> None:
+    shares = ", ".join(f"{name} {100 * share:.2g} %" for name, share in cut.items() if share)
+    if shares:
+        print(f"warning: the normalisation cuts off {shares} of the actions; they can be neither learnt nor predicted")
+
+
+def _print_plan(found: dict[str, Any], sourced: TrainConfig | None) -> None:
+    for name, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        print(f"{name.replace('_', ' '):<28}{shown}")
+    if sourced:
+        print("\nsettings of the preset, and their source")
+        for name, source in SOURCES.items():
+            print(f"{name:<18}{getattr(sourced, name)!s:<14}{source}")
+
+
+assert not {one.name for one in fields(_Own)} & set(TrainConfig.model_fields)

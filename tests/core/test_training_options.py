@@ -1,0 +1,358 @@
+"""Training options: mixtures, parts of a batch, FAST, averages, early stops, kept checkpoints, stages, snapshots."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import toy_store
+
+from vlm4vla_core import checkpoint, folders, training, trajectory
+from vlm4vla_core.backbone import Backbone, tiny
+from vlm4vla_core.cli import main
+from vlm4vla_core.episodes.augment import CALVIN, augment
+from vlm4vla_core.episodes.mixture import mix
+from vlm4vla_core.episodes.store import EpisodeStore
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.fast import FastTokenizer
+from vlm4vla_core.objectives import Data, action_token_ids
+from vlm4vla_core.policy import VLAPolicy
+from vlm4vla_core.presets import TrainConfig, make_config, make_stages
+from vlm4vla_core.training import train
+
+SMALL = {
+    "image_size": 28, "chunk": 2, "head_width": 16, "max_steps": 5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2,
+    "clip": 1.0, "weight_decay": 0.01, "log_every": 1, "val_rows": 6, "threads": 1, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_store(tmp_path_factory.mktemp("toys") / "store").path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_store(tmp_path_factory.mktemp("toys") / "other", seed=5).path
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{**SMALL, **changes})
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.resolve(run) / checkpoint.WEIGHTS)
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    return [
+        {"step": line["step"], **line["validation"]}
+        for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        if "validation" in line
+    ]
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    update = training._Run._update
+
+    def crash(self: Any, *args: Any) -> Any:
+        if self.step == step:
+            raise RuntimeError("crash")
+        return update(self, *args)
+
+    monkeypatch.setattr(training._Run, "_update", crash)
+
+
+# Everything that adds state or randomness: each must resume exactly.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "accumulate": {"accumulate": 2, "augmentation": "calvin"},
+    "flow": {"head": "flow", "accumulate": 2},
+    "language": {"objective": "language"},
+    "fast": {"objective": "fast"},
+    "auxiliary": {"auxiliary": {"language": 0.5}, "questions": ("gripper",)},
+    "ema": {"ema": 0.9, "query_lr": 1e-2, "head_lr": 1e-2, "workers": 3},
+    "dropout": {"family": "kosmos2", "dropout": True, "image_size": 56},
+    "bf16": {"precision": "bf16", "checkpoint_activations": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_option_resumes_exactly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    settings = config(**VARIANTS[name], save_every=2)
+    train(settings, data, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(RuntimeError, match="crash"):
+            train(settings, data, tmp_path / "cut")
+    train(settings, data, tmp_path / "cut")
+    a, b = (checkpoint.resolve(tmp_path / run) for run in ("whole", "cut"))
+    for file in (checkpoint.WEIGHTS, checkpoint.STATE):
+        assert (a / file).read_bytes() == (b / file).read_bytes()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    before = weights(tmp_path / "whole" / "checkpoints" / "step-000000")
+    moved = [key for key, value in weights(tmp_path / "whole").items() if not torch.equal(value, before[key])]
+    assert len(moved) > 0.9 * len(before)
+
+
+@pytest.mark.parametrize("objective", [{"head": "flow"}, {"objective": "language"}, {"auxiliary": {"fast": 0.3}}])
+def test_parts_add_up_to_the_whole_batch(data: Path, tmp_path: Path, objective: dict[str, Any]):
+    """With chunks of 5 in episodes of 6 steps, parts have different numbers of real steps and answer tokens."""
+    runs = {}
+    for parts in (1, 2, 4):
+        settings = config(**objective, accumulate=parts, max_steps=3, chunk=5, lr=1e-4, augmentation="calvin")
+        train(settings, data, tmp_path / f"{parts}")
+        runs[parts] = losses(tmp_path / f"{parts}")
+    assert runs[2] == pytest.approx(runs[1], rel=1e-5) and runs[4] == pytest.approx(runs[1], rel=1e-5)
+    norms = [losses(tmp_path / f"{parts}", "grad_norm") for parts in (1, 4)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused(data: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="4 samples of a process do not divide into 3 parts"):
+        train(config(accumulate=3), data, tmp_path / "run")
+
+
+# --- data -----------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_trains_on_both_stores_by_weight(data: Path, other: Path, tmp_path: Path, monkeypatch):
+    settings = config(weights=(0.75, 0.25), batch_size=8, max_steps=2)
+    seen = []
+    images = Data.images
+    monkeypatch.setattr(Data, "images", lambda self, draw, size: seen.append(draw) or images(self, draw, size))
+    last = train(settings, [data, other], tmp_path / "run")
+    stores = [EpisodeStore.open(path) for path in (data, other)]
+    expected = mix(stores, (0.75, 0.25))
+    for step in range(2):
+        which, rows = expected.batch(8, 0, step)
+        assert any(np.array_equal(draw.which, which) and np.array_equal(draw.rows, rows) for draw in seen)
+    policy = VLAPolicy.load(last)
+    both = np.concatenate([store.action for store in stores])
+    assert policy.config.q99 == pytest.approx(np.quantile(both, 0.99, axis=0), abs=1e-6)
+    manifest = folders.read_manifest(last, "checkpoint")
+    assert manifest["inputs"]["data"] == "+".join(store.fingerprint for store in stores)
+    with pytest.raises(InputError, match=r"data was .*\+.*, is now"):
+        train(settings.model_copy(update={"weights": ()}), data, tmp_path / "run")
+    with pytest.raises(InputError, match="2 weights for 1 stores"):
+        train(settings, data, tmp_path / "new")
+
+
+def test_pictures_are_augmented_by_their_place_in_the_global_batch(data: Path, tmp_path: Path, monkeypatch):
+    made: list[np.ndarray] = []
+    collate = VLAPolicy.collate
+    monkeypatch.setattr(
+        VLAPolicy, "collate", lambda self, images, *rest: made.append(images) or collate(self, images, *rest)
+    )
+    settings = config(augmentation="calvin", accumulate=2, max_steps=2, val_fraction=0.0)
+    train(settings, data, tmp_path / "run")
+    opened = Data(settings, [data])
+    for step in range(2):
+        plain = opened.images(opened.batch(step), 28)
+        assert np.array_equal(np.concatenate(made[2 * step : 2 * step + 2]), augment(plain, CALVIN, 0, step))
+
+
+def test_what_the_normalisation_cuts_is_told(data: Path, tmp_path: Path, capsys):
+    words = ["train", "tiny", "--data", str(data), "--max-steps", "1", "--batch-size", "2", "--val-rows", "4"]
+    assert main([*words, "--out", str(tmp_path / "r"), "--normalisation", "quantile_clip"]) == 0
+    assert "warning: the normalisation cuts off x 1e+02 %, y 1e+02 %, yaw 1e+02 %" in capsys.readouterr().out
+    assert folders.read_json(tmp_path / "r" / "run.json")["data"]["cut"]["z"] == 0
+
+
+def broken_store(out: Path, row: int) -> Path:
+    """A toy store in which one picture's bytes are no JPEG."""
+    store = toy_store(out)
+    data, shard = store.jpeg("front", row), out / "steps-00000.arrow"
+    content = shard.read_bytes()
+    assert content.count(data) == 1
+    shard.write_bytes(content.replace(data, bytes(len(data))))
+    return out
+
+
+def test_a_corrupt_sample_stops_and_is_named_or_is_skipped_and_counted(tmp_path: Path):
+    store = broken_store(tmp_path / "store", 3)
+    settings = config(val_fraction=0.0, max_steps=18)  # one epoch of 72 rows
+    with pytest.raises(InputError, match="damaged image of camera 'front' at row 3"):
+        train(settings, store, tmp_path / "run")
+    train(settings.model_copy(update={"skip_corrupt": True}), store, tmp_path / "skip")
+    assert losses(tmp_path / "skip", "skipped")[-1] == 1
+
+
+# --- FAST -----------------------------------------------------------------------------------------------
+
+
+def test_fast_learns_to_write_chunks_and_keeps_its_tokenizer(data: Path, tmp_path: Path):
+    settings = config(objective="fast", max_steps=120, batch_size=8, lr=3e-3, fast_vocab=128)
+    last = train(settings, data, tmp_path / "run")
+    kept = folders.read_json(last / "fast.json")
+    ids = kept.pop("word_ids")
+    tokenizer = FastTokenizer.from_dict(kept)
+    assert len(ids) == len(set(ids)) == tokenizer.vocab_size <= 128
+    start, end = validations(tmp_path / "run")
+    assert end["loss"] < 0.3 * start["loss"] and end["decoded"] == 1.0
+    assert end["error"]["x"] < 0.01  # of 0.05
+    store = EpisodeStore.open(data)
+    chunk = np.array([store.action[:2]])
+    assert np.abs(tokenizer.decode(tokenizer.encode(chunk)).actions - chunk).max() < 0.05
+
+
+def test_action_tokens_take_spare_rows_first_and_no_reserved_word():
+    backbone = tiny("paligemma")
+    ids = action_token_ids(backbone, 1000)
+    rows = backbone.base.get_submodule(backbone.spec.embeddings).num_embeddings
+    spare = list(range(len(backbone.tokenizer), rows))
+    assert ids[: len(spare)] == spare and not set(ids) & {*backbone.reserved, backbone.query_id, backbone.pad_id}
+    assert len(ids) < rows / 2 + len(spare)
+
+
+def test_an_auxiliary_loss_is_weighted_and_named(data: Path, tmp_path: Path):
+    train(config(auxiliary={"language": 0.25}, max_steps=2), data, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if "loss" in line):
+        assert line["loss"] == pytest.approx(line["action"] + 0.25 * line["language"], rel=1e-6)
+    assert checkpoint.row_labels(checkpoint.resolve(tmp_path / "run"))["aux"] == "action+language"
+    with pytest.raises(InputError, match="auxiliary objectives are language and fast"):
+        make_config("tiny", {"auxiliary": {"action": 1.0}})
+
+
+# --- optimisation ---------------------------------------------------------------------------------------
+
+
+def test_query_and_head_have_their_own_rates(data: Path, tmp_path: Path):
+    train(config(query_lr=0.0, head_lr=0.0), data, tmp_path / "run")
+    before = weights(tmp_path / "run" / "checkpoints" / "step-000000")
+    for name, value in weights(tmp_path / "run").items():
+        if name.startswith("head.") or name.endswith("query"):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(weights(tmp_path / "run")["backbone.base.language_model.norm.weight"],
+                           before["backbone.base.language_model.norm.weight"])  # fmt: skip
+
+
+def test_the_average_is_that_of_the_weights_after_every_step(data: Path, tmp_path: Path):
+    train(config(ema=0.5, save_every=1, max_steps=4), data, tmp_path / "run")
+    steps = [load_file(folder / checkpoint.WEIGHTS) for folder in checkpoint.complete(tmp_path / "run")][1:]
+    average = steps[0]
+    for step in steps[1:]:
+        average = {name: 0.5 * average[name] + 0.5 * value for name, value in step.items()}
+    found = load_file(tmp_path / "run" / "ema" / "step-000004" / checkpoint.WEIGHTS)
+    for name, value in average.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+    VLAPolicy.load(tmp_path / "run" / "ema" / "step-000004")
+    assert "ema_loss" in validations(tmp_path / "run")[-1]
+
+
+def test_it_stops_early_keeps_the_best_and_stays_finished(data: Path, tmp_path: Path):
+    """A rate that makes the loss grow: after the first validations nothing is better."""
+    settings = config(
+        max_steps=40, lr=3e-2, clip=0.0, warmup_steps=0, val_every=2, patience=2, keep_last=1, save_every=3
+    )
+    last = train(settings, data, tmp_path / "run")
+    measured = validations(tmp_path / "run")
+    best = min(measured, key=lambda value: value["loss"])["step"]
+    stopped = int(last.name.removeprefix("step-"))
+    assert stopped == measured[-1]["step"] < 40
+    after = [value["loss"] for value in measured if value["step"] > best]
+    assert len(after) >= 2 or best == 0
+    names = [path.name for path in checkpoint.complete(tmp_path / "run")]
+    assert set(names) == {"step-000000", f"step-{best:06d}", last.name}
+    stamp = (last / "manifest.json").stat().st_mtime_ns
+    assert train(settings, data, tmp_path / "run") == last and (last / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_out_of_memory_says_what_to_lower(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(VLAPolicy, "forward", lambda self, batch: {"loss": torch.empty(1 << 60)})
+    with pytest.raises(InputError, match=r"out of memory at step 0 with 4 samples at once.*--accumulate 2"):
+        train(config(), data, tmp_path / "run")
+
+
+# --- stages, snapshots, plan ----------------------------------------------------------------------------
+
+
+def test_stages_follow_one_another_and_record_their_ancestry(data: Path, tmp_path: Path, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        'preset = "tiny"\nmax_steps = 2\nbatch_size = 2\nval_rows = 4\nquery_init = "zeros"\n'
+        '[[stages]]\nname = "fast"\nobjective = "fast"\nfreeze = ["vision"]\n[[stages]]\nname = "vla"\nlr = 0.1\n'
+    )
+    assert [name for name, _ in make_stages(str(recipe))] == ["fast", "vla"]
+    words = ["train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")]
+    assert main([*words, "--dry-run"]) == 0
+    assert not (tmp_path / "runs").exists() and "memory" in capsys.readouterr().out
+    assert main(words) == 0
+    first = folders.read_manifest(checkpoint.resolve(tmp_path / "runs" / "fast"), "checkpoint")
+    policy = VLAPolicy.load(tmp_path / "runs" / "vla")
+    assert policy.backbone.lineage["stages"] == ["fast", "action"]
+    assert policy.backbone.lineage["ancestors"] == [first["fingerprint"]]
+    start = Backbone.load(tmp_path / "runs" / "vla" / "checkpoints" / "step-000000").state_dict()
+    end = Backbone.load(tmp_path / "runs" / "fast").state_dict()
+    assert all(torch.equal(value, end[name]) for name, value in start.items())
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("is up to date") == 2
+    with pytest.raises(InputError, match="a file of 2 stages"):
+        make_config(str(recipe))
+
+
+def test_snapshots_are_linear_shared_by_arms_and_change_nothing(data: Path, tmp_path: Path):
+    train(config(snapshots="weights"), data, tmp_path / "vla")
+    train(config(), data, tmp_path / "plain")
+    a, b = weights(tmp_path / "vla"), weights(tmp_path / "plain")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    train(config(objective="language", snapshots="sketch"), data, tmp_path / "vlm")
+    taken = sorted(path.name for path in (tmp_path / "vla" / "trajectory").iterdir())
+    assert taken == ["step-000000", "step-000001", "step-000002", "step-000004"]
+    sketches = {run: load_file(tmp_path / run / "trajectory" / "step-000000" / "sketch.safetensors")
+                for run in ("vla", "vlm")}  # fmt: skip
+    assert set(sketches["vla"]) == set(sketches["vlm"]) | {"head"}
+    assert all(torch.equal(value, sketches["vla"][name]) for name, value in sketches["vlm"].items())
+    assert {"vision.0", "decoder.0", "query", "head"} <= set(losses(tmp_path / "vla", "gradient_norms")[0])
+    kept = load_file(tmp_path / "vla" / "trajectory" / "step-000004" / "weights.safetensors")
+    assert set(kept) == {name.removeprefix("backbone.") for name in weights(tmp_path / "vla")}
+
+
+def test_sketches_estimate_inner_products():
+    """Over many names (as many draws of signs and places) the estimate is unbiased, its spread as stated."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3000, generator=generator)
+    y = y + 0.5 * x
+    found = [float(trajectory.sketch(f"{n}", x) @ trajectory.sketch(f"{n}", y)) for n in range(300)]
+    bound = math.sqrt(2 / trajectory.SIZE) * float(x.norm() * y.norm())
+    assert abs(np.mean(found) - float(x @ y)) < 4 * bound / math.sqrt(300)
+    assert np.std(found) < 1.1 * bound
+
+
+def test_the_plan_counts_what_training_makes(data: Path, tmp_path: Path, capsys):
+    words = ["train", "tiny", "--data", str(data), "--max-steps", "2", "--batch-size", "2", "--val-rows", "4"]
+    words += ["--freeze", "vision", "--out", str(tmp_path / "run"), "--json", str(tmp_path / "r.json")]
+    assert main([*words, "--dry-run"]) == 0
+    plan = json.loads((tmp_path / "r.json").read_text())
+    assert main(words) == 0
+    made = json.loads((tmp_path / "r.json").read_text())["parameters"]
+    assert (plan["parameters"], plan["trained"]) == (made["total"], made["trained"])
+    policy = VLAPolicy.load(tmp_path / "run")
+    store = EpisodeStore.open(data)
+    lengths = {policy.backbone.collate(np.zeros((1, 28, 28, 3), np.uint8), [text])["input_ids"].shape[1]
+               for text in store.instructions}  # fmt: skip
+    assert plan["tokens_per_sample"].startswith(f"{min(lengths)} to {max(lengths)},")
+    assert plan["checkpoints"].startswith("2 written")
+    capsys.readouterr()
+    assert main(["train", "paper/bridge", "--data", str(data), "--out", str(tmp_path / "x"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "5e-5 for PaliGemma" in shown and not (tmp_path / "x").exists()
+
+
+def test_a_gpu_that_is_not_there_and_an_unknown_tracker_are_refused(data: Path, tmp_path: Path):
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no CUDA device"):
+            train(config(device="cuda"), data, tmp_path / "run")
+    with pytest.raises(InputError, match="no tracker 'tensorbord' is installed"):
+        train(config(trackers=("tensorbord",)), data, tmp_path / "other")

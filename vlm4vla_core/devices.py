@@ -1,0 +1,87 @@
+"""Where a run computes: one process, or several under torchrun that share every batch (DistributedDataParallel).
+
+Trap: what is said here holds for all processes at once. A collective that one of them skips leaves the others waiting,
+so every decision (stop, bad loss) is made on numbers that all have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from vlm4vla_core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Devices:
+    """This process's device, its rank and the number of processes, as torchrun says. wanted: auto, cpu or cuda.
+
+    Raises InputError when a GPU is asked for and there is none.
+    """
+
+    def __init__(self, wanted: str) -> None:
+        import torch
+
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise InputError("torch sees no CUDA device", fix="use --device cpu, or a CUDA build of torch")
+        gpu = wanted != "cpu" and torch.cuda.is_available()
+        self.rank, self._began = 0, False
+        self.device = torch.device("cuda" if gpu else "cpu")
+        if self.world > 1:
+            from accelerate import PartialState
+
+            self._began = not torch.distributed.is_initialized()
+            state = PartialState(cpu=not gpu, **({} if gpu else {"backend": "gloo"}))
+            self.rank, self.device = state.process_index, state.device
+            if state.num_processes != self.world or state.device.type != ("cuda" if gpu else "cpu"):
+                raise InputError(
+                    f"{self.world} processes on {'GPUs' if gpu else 'the CPU'} were asked for, {state.num_processes} "
+                    f"on {state.device.type} run",
+                    fix="start them with torchrun",
+                )
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def share(self, module: torch.nn.Module) -> Any:
+        """`module`, with gradients averaged over processes. What takes no part in a loss keeps no gradient."""
+        if self.world == 1:
+            return module
+        from torch.nn.parallel import DistributedDataParallel
+
+        gpu = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=gpu, find_unused_parameters=True)
+
+    def local(self, module: Any, wait: bool) -> Any:
+        """Context in which gradients stay in this process, when `wait`: all parts of a step but the last."""
+        return module.no_sync() if wait and self.world > 1 else nullcontext()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes, in double precision."""
+        if self.world == 1:
+            return list(values)
+        import torch
+
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.sum([0.0])
+
+    def close(self) -> None:
+        """Leave the group of processes, when it was joined here."""
+        if self._began:
+            import torch
+            from accelerate import PartialState
+
+            torch.distributed.destroy_process_group()
+            PartialState._reset_state()

@@ -1,0 +1,70 @@
+"""What a training run would do and take, without training: the answer of `vlm4vla train --dry-run`.
+
+Trap: the memory is that of weights, gradients and optimizer; activations come on top and grow with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm4vla_core.presets import TrainConfig
+
+
+def plan(config: TrainConfig, data: Sequence[Path]) -> dict[str, Any]:
+    """Parameters, memory, tokens, steps and checkpoints of a run. Raises InputError on stores and models as `train`."""
+    from vlm4vla_core.objectives import Data
+
+    opened = Data(config, data)
+    rows = sum(map(len, opened.mixture.train))
+    saved = {0, config.max_steps, *(range(0, config.max_steps, config.save_every) if config.save_every else ())}
+    kept = len(saved) if not config.keep_last else min(len(saved), config.keep_last + 2)
+    total, trained, tokens = _sizes(config, opened)
+    # In a checkpoint: fp32 weights, and the optimizer's two moments (and the average) of what is trained.
+    gigabytes = (4 * total + (8 + 4 * bool(config.ema)) * trained) / 1e9
+    return {
+        "objectives": ", ".join(f"{name} ({weight:g})" for name, weight in config.objectives().items()),
+        "parameters": total,
+        "trained": trained,
+        "memory": f"{(16 * trained + 4 * (total - trained)) / 1e9:.3g} GB of weights, gradients and optimizer in fp32",
+        "tokens_per_sample": tokens,
+        "training_rows": rows,
+        "validation_rows": len(opened.val.rows),
+        "steps": config.max_steps,
+        "samples_per_step": config.batch_size,
+        "epochs": round(config.max_steps * config.batch_size / max(1, rows), 2),
+        "checkpoints": f"{len(saved)} written, {kept} kept, {gigabytes:.3g} GB each",
+        "cut_by_normalisation": {name: round(share, 4) for name, share in opened.cut().items()},
+    }
+
+
+def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str]:
+    """Parameters, trained parameters, and tokens of a sample (measured where the model is built, else of its image)."""
+    if config.backbone == "tiny":
+        from vlm4vla_core.objectives import build
+
+        model, _ = build(config, data, {})
+        backbone = getattr(model, "backbone", model)
+        texts = sorted({text for store in data.stores for text in store.instructions}, key=len)
+        lengths = [len(backbone._encode(text, backbone.prompt.question)) for text in (texts[0], texts[-1])]
+        shown = f"{lengths[0] + len(backbone.query)} to {lengths[1] + len(backbone.query)}"
+        counts = [p.numel() for p in model.parameters()]
+        return (
+            sum(counts),
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+            f"{shown}, {backbone.geometry.tokens} of them the image's",
+        )
+    from vlm4vla_core.sizes import size_of
+
+    width = data.stores[0].convention.size - 1
+    size = size_of(
+        config.backbone, head=config.head, chunk=config.chunk, arm_size=width, width=config.head_width,
+        n_queries=config.n_queries, image_size=config.image_size, lora=config.lora, rank=config.lora_rank,
+    )  # fmt: skip
+    total = size.headless + size.new + sum(size.adapters.values())
+    return (
+        total,
+        size.trained(config.freeze),
+        f"{size.image_tokens} of the image at {size.image_size} px, and the prompt",
+    )

@@ -1,0 +1,108 @@
+"""A training run's folder: what it was made from, who holds it, which checkpoints stay. Needs no torch.
+
+RUN/run.json (settings), RUN/log.jsonl, RUN/checkpoints/step-000000 (the start, kept) … step-NNNNNN (the last).
+
+Trap: a run that stopped early has no checkpoint of its last step; RUN/stopped.json says that it is finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlm4vla_core import checkpoint, folders
+from vlm4vla_core.episodes.store import REMAKE
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.presets import TrainConfig
+
+STOPPED = "stopped.json"
+
+
+def run_inputs(config: TrainConfig, data: Sequence[Path]) -> dict[str, str]:
+    """Fingerprints of what a run is made from: its stores and, where given, its backbone. Raises InputError."""
+    stores = [folders.read_manifest(path, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE) for path in data]
+    inputs = {"data": "+".join(store["fingerprint"] for store in stores)}
+    if config.backbone != "tiny":
+        inputs["backbone"] = _backbone_fingerprint(config.backbone)
+    return inputs
+
+
+def _backbone_fingerprint(path: str) -> str:
+    folder = Path(path)
+    if checkpoint.looks_like_one(folder):
+        return str(folders.read_manifest(checkpoint.resolve(folder), checkpoint.KIND)["fingerprint"])
+    if folder.is_dir():  # weights of many gigabytes: names and sizes, and the content of what is small
+        parts = {
+            file.name: file.stat().st_size if file.stat().st_size > 1 << 24 else folders.file_fingerprint(file)
+            for file in sorted(folder.iterdir())
+            if file.is_file()
+        }
+        return folders.fingerprint(parts)
+    return path  # a hub id
+
+
+def finished(config: TrainConfig, inputs: dict[str, str], out: Path) -> Path | None:
+    """The last checkpoint of a run that is finished and unchanged, else None."""
+    step = folders.read_json(out / STOPPED)["step"] if (out / STOPPED).is_file() else config.max_steps
+    last = checkpoint.step_folder(out, step)
+    return last if folders.current(last, checkpoint.KIND, config=config.identity(), inputs=inputs) else None
+
+
+def refuse_changes(out: Path, identity: dict[str, Any], inputs: dict[str, str]) -> None:
+    """Raise InputError saying what changed, when `out` holds a run with other settings or data."""
+    if not (out / "run.json").exists():
+        if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+            raise InputError("this folder exists and holds no run", where=out, fix="give a new --out")
+        return
+    run = folders.read_json(out / "run.json")
+    old, new = {**run["identity"], **run["inputs"]}, {**identity, **inputs}
+    changes = [
+        f"{key} was {old.get(key)}, is now {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    if changes:
+        raise InputError(
+            f"this folder holds a run with other settings or data: {'; '.join(changes)}",
+            where=out,
+            fix="give another --out, or remove it",
+        )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which the system drops when the process ends, however it ends.
+
+    A folder in which nothing came to be is taken away again.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError("another process is training in this folder", where=out, fix="wait for it") from None
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == [".lock"]:
+                shutil.rmtree(out)
+
+
+def read_log(out: Path, upto: int) -> list[dict[str, Any]]:
+    """The whole lines of a run's log up to a step; a kill may have cut the last one short."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    read = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for line in read if line["step"] <= upto]
+
+
+def prune(out: Path, keep_last: int, best: int | None) -> None:
+    """Remove checkpoints but the start, the `keep_last` newest and the best; the manifest goes first."""
+    kept = {checkpoint.step_folder(out, step) for step in (0, best) if step is not None}
+    for folder in checkpoint.complete(out)[:-keep_last]:
+        if folder not in kept:
+            (folder / folders.MANIFEST).unlink()
+            shutil.rmtree(folder)

@@ -1,0 +1,80 @@
+"""The path of a training, for the divergence probes: sketches of the weights and gradient norms at log-spaced steps.
+
+A sketch is a fixed random projection to SIZE numbers per module group (CountSketch, Charikar et al. 2002): every weight
+goes, with a random sign, into a random place. Signs and places depend on the parameter's name alone, so arms of one
+family share them, and inner products of differences of sketches estimate those of the weights without bias, with a
+standard error of at most sqrt(2 / SIZE) |x| |y|.
+
+Trap: subtract the start's sketch first. The weights themselves are far longer than what training moves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SIZE = 256
+_SEED = 20260103
+
+
+def due(step: int) -> bool:
+    """Whether a step is 0 or a power of two."""
+    return step & (step - 1) == 0
+
+
+def groups_of(model: torch.nn.Module) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    """Module group -> its trained parameters with their names: the backbone's groups, and "head"."""
+    backbone: Any = getattr(model, "backbone", model)
+    prefix, groups = ("backbone." if backbone is not model else ""), backbone.groups()
+    found: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = name.removeprefix(prefix)
+            found.setdefault(groups.get(own, "head"), []).append((own, parameter))
+    return found
+
+
+def sketch(name: str, values: torch.Tensor) -> torch.Tensor:
+    """The sketch (SIZE,) float32, on the CPU, of one parameter. A linear function of its values."""
+    import torch
+
+    seed = int.from_bytes(hashlib.sha256(f"{_SEED} {name}".encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
+    flat, out = values.detach().float().flatten().cpu(), torch.zeros(SIZE)
+    for part in flat.split(1 << 22):  # large matrices would need several times their own memory
+        drawn = torch.randint(0, 2 * SIZE, (len(part),), generator=generator)
+        out.index_add_(0, drawn >> 1, part * ((drawn & 1) * 2 - 1))
+    return out
+
+
+def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Euclidean norm of the gradient of each module group, before clipping (call it before)."""
+    import torch
+
+    norms = {}
+    for group, members in groups_of(model).items():
+        grads = [parameter.grad for _, parameter in members if parameter.grad is not None]
+        if grads:
+            norms[group] = float(torch.nn.utils.get_total_norm(grads))
+    return norms
+
+
+def record(folder: Path, model: torch.nn.Module, *, weights: bool = False) -> None:
+    """Write FOLDER/sketch.safetensors, one tensor per module group, and weights.safetensors of what is trained."""
+    import torch
+    from safetensors.torch import save_file
+
+    from vlm4vla_core import folders
+
+    groups = groups_of(model)
+    sketches = {group: torch.stack([sketch(*member) for member in members]).sum(0) for group, members in groups.items()}
+    with folders.new_folder(folder, "snapshot") as temporary:
+        save_file(sketches, temporary / "sketch.safetensors")
+        if weights:
+            every = {name: p.detach().cpu().contiguous() for members in groups.values() for name, p in members}
+            save_file(every, temporary / "weights.safetensors")
+        folders.write_manifest(temporary, "snapshot", config={"size": SIZE, "seed": _SEED}, inputs={})
