@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_vqa_general import look, truth
 from toys import OBJECTS, STATE, toy_store
 
 from vlm4vla_core import fast
 from vlm4vla_core.actions import BRIDGE, TABLETOP
+from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import Episode, EpisodeStore, write_store
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.sims.tabletop import demos
+from vlm4vla_core.sims.tabletop import demos, scenes
 from vlm4vla_core.sims.tabletop.looks import PALETTE
 from vlm4vla_core.sims.tabletop.world import COLOURS
-from vlm4vla_core.vqa import CLEARLY, availability, questions
+from vlm4vla_core.vqa import CLEARLY, KINDS, MIXES, Question, availability, pictures, questions
 from vlm4vla_core.vqa.data import EmbodiedData, parse_points
+from vlm4vla_core.vqa.general import GENERAL
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +245,132 @@ def test_a_row_without_a_question_is_stood_in_for_by_the_next(tmp_path: Path):
         questions(store, 2, np.random.default_rng(0), kinds=("side",))
     with pytest.raises(InputError, match="no row has a question of kind side"):
         EmbodiedData(store, "front", ("side",), rows=np.array([0, 2]))[1]
+
+
+# --- embodied kinds after the paper's auxiliary tasks, and mixes
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    """Demonstrations that take things up and put them somewhere."""
+    plans = demos.plan(9, ("pick", "put", "stack"), ("A", "B", "C"), seed=1)
+    return write_store(
+        tmp_path_factory.mktemp("robot") / "store", demos.demonstrations(plans, size=48, noise=0.2),
+        source="tabletop", convention=TABLETOP, state_names=demos.STATE_NAMES, column_names=demos.COLUMN_NAMES,
+        config={}, inputs={}, jpeg_444=True,
+    )  # fmt: skip
+
+
+def rows_of(store: EpisodeStore, row: int) -> range:
+    episode = store.episode_of[row]
+    return range(store.starts[episode], store.starts[episode] + store.lengths[episode])
+
+
+def ask_all(store: EpisodeStore, kind: str, repeats: int = 1) -> list[tuple[int, Question]]:
+    rng, asked = np.random.default_rng(0), []
+    for row in np.tile(np.arange(len(store)), repeats):
+        try:
+            asked.append((int(row), questions(store, int(row), rng, kinds=(kind,))))
+        except InputError as error:
+            assert "has no question" in str(error)
+    return asked
+
+
+def test_motion_between_two_pictures(robot: EpisodeStore):
+    asked, answers = ask_all(robot, "moved", 3), set()
+    ways = {"left": (0, -1), "right": (0, 1), "forward": (1, 1), "back": (1, -1), "up": (2, 1), "down": (2, -1)}
+    for row, question in asked:
+        assert question.earlier == max(rows_of(robot, row)[0], row - 6)
+        if found := re.match(r"The left picture is earlier. Did the (.+) move, yes or no\?", question.question):
+            slot = robot.episodes["objects"][robot.episode_of[row]].split(";").index(found[1])
+            places = robot.column("truth/objects")[[question.earlier, row], 3 * slot : 3 * slot + 3]
+            distance = float(np.sqrt(((places[1] - places[0]) ** 2).sum()))
+            assert distance > 0.03 if question.answer == "yes" else distance < 0.001
+        else:
+            axis, sign = ways[question.answer]
+            offset = (robot.state[row] - robot.state[question.earlier])[:3]
+            assert offset[axis] * sign > CLEARLY and all(abs(value) <= abs(offset[axis]) for value in offset)
+        answers.add(question.answer)
+    assert len(asked) > 200 and answers >= {"yes", "no", "up", "down", "left", "right"}
+
+
+def test_pictures_of_two_moments_stand_side_by_side(robot: EpisodeStore):
+    (row, moved), plain = ask_all(robot, "moved")[12], Question("", "", "gripper")
+    both, alone = pictures(robot, "front", [row, row], [moved, plain], 48)
+    np.testing.assert_array_equal(alone, robot.images("front", [row])[0])
+    for half, source in ((both[:, :24], moved.earlier), (both[:, 24:], row)):
+        narrowed = robot.images("front", [source])[0].astype(float).reshape(48, 24, 2, 3).mean(2)
+        assert np.abs(half - narrowed).mean() < 3 < np.abs(both[:, ::-1][:, :24] - narrowed).mean()
+
+
+def test_choices_hold_the_right_action_once_and_letters_are_even(robot: EpisodeStore):
+    letters = []
+    for row, question in ask_all(robot, "choice", 4):
+        listed = dict(re.findall(r"^([A-D])\. (.+)$", question.question, re.MULTILINE))
+        (right,) = {one.answer for r, one in ask_all_at(robot, "next action", row)}
+        assert sorted(listed) == list("ABCD") and len(set(listed.values())) == 4
+        assert listed[question.answer] == right
+        letters.append(question.answer)
+    shares = [letters.count(letter) / len(letters) for letter in "ABCD"]
+    assert len(letters) > 300 and max(shares) < 0.33
+
+
+def ask_all_at(store: EpisodeStore, kind: str, row: int) -> list[tuple[int, Question]]:
+    return [(row, questions(store, row, np.random.default_rng(seed), kinds=(kind,))) for seed in range(2)]
+
+
+def test_plans_say_what_the_demonstration_then_does(robot: EpisodeStore):
+    """The rest of the recording is the witness: grasped later exactly when the plan begins with it."""
+    asked, held, right = ask_all(robot, "plan"), robot.column("truth/held")[:, 0], []
+    assert len(asked) > 100
+    for row, question in asked:
+        names = robot.episodes["objects"][robot.episode_of[row]].split(";")
+        target = robot.episodes["target"][robot.episode_of[row]]
+        steps = question.answer.split(", ")
+        lift = robot.episodes["family"][robot.episode_of[row]] == "pick"
+        assert steps[-1] == ("lift it" if lift else "let it go") and ("carry it" in steps) == (not lift)
+        now = names[int(held[row])] if held[row] >= 0 else ""
+        assert (f"grasp the {target}" in steps) == (now != target)
+        if now != target and robot.episodes["success"][robot.episode_of[row]] == "true":
+            later = {names[int(slot)] for slot in held[row : rows_of(robot, row)[-1] + 1] if slot >= 0}
+            right.append(target in later)
+    assert np.mean(right) == 1.0
+
+
+def test_trajectory_points_are_where_the_gripper_is_later(robot: EpisodeStore):
+    """Its state a few steps on, through the camera by turn and tilt; all points but those after the end."""
+    asked = ask_all(robot, "trajectory")
+    assert len(asked) > 80
+    for row, question in asked:
+        domain, steps = robot.episodes["domain"][robot.episode_of[row]], rows_of(robot, row)
+        later = [step for step in (row + 4, row + 8, row + 12, row + 16) if step in steps]
+        points = parse_points(question.answer)
+        assert len(points) == len(later) > 0
+        for point, step in zip(points, later, strict=True):
+            np.testing.assert_allclose(point, look(domain, robot.state[step][:3].astype(float))[:2], atol=6e-4)
+
+
+def test_mixes_are_names_for_kinds_and_scenes_have_the_general_one(robot: EpisodeStore, tmp_path: Path):
+    assert set(MIXES["all"]) == {*MIXES["general"], *MIXES["embodied"]} == set(KINDS) - {"action tokens"}
+    rng = np.random.default_rng(0)
+    for mix in MIXES:
+        kinds = {questions(robot, int(row), rng, kinds=(mix,)).kind for row in rng.integers(len(robot), size=150)}
+        assert kinds <= set(MIXES[mix]) and len(kinds) > 1
+    assert main(["record", "tabletop", "--episodes", "30", "--tasks", "scene", "--size", "48", "--geometry",
+                 "--out", str(tmp_path / "s"), "--workers", "1"]) == 0  # fmt: skip
+    store = EpisodeStore.open(tmp_path / "s")
+    assert set(store.episodes["domain"]) == {"U", "V", "W"} and set(store.lengths) == {1}
+    reasons = availability(store)
+    assert {kind for kind, reason in reasons.items() if not reason} == set(GENERAL)
+    assert reasons["side"] == reasons["pointing"] == "its pictures show no gripper"
+    seen = set()
+    for row in np.tile(np.arange(30), 8):
+        asked = questions(store, int(row), rng)
+        state = scenes.scene(int(store.episodes["seed"][row]))
+        assert asked.answer == truth(state, store.episodes["domain"][row], asked.question)
+        seen.add(asked.kind)
+    assert seen == set(GENERAL)
+    with pytest.raises(InputError, match="no questions of kind position: its pictures show no gripper"):
+        questions(store, 0, rng, kinds=("position",))
+    with pytest.raises(InputError, match="'generl'; did you mean 'general'"):
+        questions(store, 0, rng, kinds=("generl",))

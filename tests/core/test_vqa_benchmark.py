@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.backbone import Backbone, tiny
 from vlm4vla_core.cli import main
 from vlm4vla_core.errors import InputError
+from vlm4vla_core.policy import PolicyConfig, VLAPolicy
 from vlm4vla_core.results import CAPABILITY_COLUMNS, wilson
+from vlm4vla_core.tiny import tiny_tokenizer
 from vlm4vla_core.vqa import benchmark
 from vlm4vla_core.vqa.benchmark import BENCH, COLUMNS, capability, evaluate, item, normalised, score, show
 from vlm4vla_core.vqa.general import GENERAL
@@ -172,3 +178,23 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys):
         assert len(error) == 1 and message in error[0], error
     with pytest.raises(InputError):
         evaluate(checkpoint, tmp_path, episodes=1)  # a folder of the user's own
+
+
+def test_a_published_folder_with_its_own_output_layer_and_a_policy_s_backbone(tmp_path: Path):
+    """The library's own class, untied, in Hugging Face's layout; and a checkpoint of a policy."""
+    small = tiny("qwen2_5_vl", seed=5)
+    config = copy.deepcopy(small.base.config)
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path / "hf")
+    tiny_tokenizer().save_pretrained(tmp_path / "hf")
+    table = evaluate(tmp_path / "hf", tmp_path / "a", kinds=("left",), episodes=2)
+    assert set(table["model"]) == {"hf"} and set(table["family"]) == {"qwen2_5_vl"}
+
+    policy = VLAPolicy(small, PolicyConfig(4, TABLETOP, (-1.0,) * 7, (1.0,) * 7, "front", width=16), seed=0)
+    policy.save(tmp_path / "vla")
+    small.save(tmp_path / "vlm")
+    given = [evaluate(tmp_path / name, tmp_path / f"{name}-out", kinds=("left",), episodes=2)["given"].tolist()
+             for name in ("vla", "vlm")]  # fmt: skip
+    assert given[0] == given[1]

@@ -31,6 +31,7 @@ from vlm4vla_core.errors import InputError
 if TYPE_CHECKING:
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.fast import FastTokenizer
+    from vlm4vla_core.vqa.embodied import Question
 
 MARKER = "<image>"
 _BLOCK = 1 << 20
@@ -378,10 +379,12 @@ class EmbodiedData:
                 asked = questions(self.store, row, rng, kinds=self.kinds, camera=self.camera, fast=self.fast)
             except NothingToAsk:
                 continue
-            load, source = partial(_load_store, self.store, self.camera, row), f"{self.store.path}, row {row}"
+            load, source = partial(_load_store, self.store, self.camera, row, asked), f"{self.store.path}, row {row}"
             return Row(asked.question, asked.answer, asked.kind, source, load, parse_points(asked.answer))
         raise InputError(f"no row has a question of kind {', '.join(self.kinds)}", where=self.store.path)
 
 
-def _load_store(store: EpisodeStore, camera: str, row: int) -> list[np.ndarray]:
-    return list(store.images(camera, [row]))
+def _load_store(store: EpisodeStore, camera: str, row: int, asked: Question) -> list[np.ndarray]:
+    from vlm4vla_core.vqa.embodied import pictures
+
+    return list(pictures(store, camera, [row], [asked]))

@@ -177,20 +177,28 @@ def expand(kinds: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind for name in kinds for kind in MIXES.get(name, (name,))))
 
 
+def beside(before: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Two pictures uint8 (H, W, 3) side by side in one of the same size: neighbouring columns are averaged."""
+    both = np.concatenate([before, now], 1).reshape(*now.shape[:2], 2, 3)
+    return both.mean(2).round().astype(np.uint8)
+
+
 def pictures(
-    store: EpisodeStore, camera: str, rows: Sequence[int] | np.ndarray, asked: Sequence[Question], size: int
+    store: EpisodeStore,
+    camera: str,
+    rows: Sequence[int] | np.ndarray,
+    asked: Sequence[Question],
+    size: int | None = None,
 ) -> np.ndarray:
-    """The pictures that questions about `rows` are asked of: uint8 (n, size, size, 3).
+    """The pictures that questions about `rows` are asked of: uint8 (n, size, size, 3), or as they are stored.
 
     Of two moments, the earlier picture is the left half and the row's own the right half, each narrowed by half.
     """
-    from vlm4vla_core import images
-
     shown = store.images(camera, rows, size)
     for i, question in enumerate(asked):
         if question.earlier >= 0:
             before = store.images(camera, [question.earlier], size)[0]
-            shown[i] = images.resize(np.concatenate([before, shown[i]], 1)[None], size)[0]
+            shown[i] = beside(before, shown[i])
     return shown
 
 
