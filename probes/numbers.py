@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def signed(value: float, digits: int = 2) -> str:
     """A number with its sign: `+0.12`, `−0.12`, `+0.00`."""
@@ -16,3 +18,8 @@ def plain(value: float, digits: int = 2) -> str:
 def span(low: float, high: float, digits: int = 2) -> str:
     """`+0.12 to +0.34`."""
     return f"{signed(low, digits)} to {signed(high, digits)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -224,16 +224,16 @@ def check_totals(
     named = metric in ("success_pct", "success_rate")
     if not named and (metric not in ("", "unknown") or 2 * (gaps <= _NEAR).sum() < known.sum()):
         return  # another measure
-    near = 0.01 if from_episodes and named else _NEAR
-    for row in np.flatnonzero(known & (gaps > near)):
-        counts = (done[row], number[row]) if from_episodes else (said[row], of[row])
-        if not from_episodes and not np.isfinite(counts).all():
+    rows_decide = from_episodes and named  # else they may be of another measure, or of some episodes only
+    for row in np.flatnonzero(known & (gaps > (0.01 if rows_decide else _NEAR))):
+        counts = (done[row], number[row]) if rows_decide else (said[row], of[row])
+        if not np.isfinite(counts).all():
             continue
         raise InputError(
             f"{models[row]} on {benchmark}: {metric or 'value'} {values[row]:g} in {places[0]}, but {counts[0]:g} of "
-            f"{counts[1]:g} episodes in {places[1] if from_episodes else 'the same row'}",
-            where=", ".join(places) if from_episodes else places[0],
-            fix="give the results of one evaluation" if from_episodes else "correct one of the two",
+            f"{counts[1]:g} episodes in {places[1] if rows_decide else 'the same row'}",
+            where=", ".join(places) if rows_decide else places[0],
+            fix="give the results of one evaluation" if rows_decide else "correct one of the two",
         )
 
 

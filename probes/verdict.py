@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from probes import intervals
+from probes.numbers import listed
 
 if TYPE_CHECKING:
     from probes.correlation import Pair
@@ -35,6 +36,26 @@ def judge(pair: Pair, family: int) -> tuple[str, str]:
         inside = f"its 90 % interval, {narrow.low:+.2f} to {narrow.high:+.2f}, lies within ±{NEGLIGIBLE:g}"
         return "practically none", f"{estimate}: {inside} (equivalence test, p {_p(pair.equivalence.p)})"
     return "undetermined", f"{estimate}: {', '.join(doubts)}{_poor_benchmark(pair)}"
+
+
+def hidden(pair: Pair) -> str:
+    """What the average over tasks hides: tasks tell the models apart that their totals do not. Empty if nothing."""
+    alike = pair.homogeneity
+    if alike is None or alike.p < ALPHA or not alike.per_task_holm:
+        return ""
+    telling = [task for task, p in alike.per_task_holm.items() if p is not None and p < ALPHA]
+    if not telling:
+        return ""
+    text = (
+        f"The average hides what tasks show: pooled, all models could share one rate (p {_p(alike.p)}), yet "
+        f"{listed(telling)} tell{'s' * (len(telling) == 1)} them apart (Holm)"
+    )
+    if alike.interaction is not None and alike.interaction.p < ALPHA:
+        text += (
+            f". Models are good at different tasks (model x task p {_p(alike.interaction.p)}): differences in opposite "
+            "directions cancel in the average"
+        )
+    return text
 
 
 def _doubts(pair: Pair, family: int) -> list[str]:

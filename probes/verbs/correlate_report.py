@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from probes.numbers import listed
 from probes.verbs.text import columns, p_value, say
+from probes.verdict import hidden
 
 if TYPE_CHECKING:
     from probes.correlation import Correlation, Pair
     from probes.mixed import Slope
     from probes.pairs import Estimate
     from vlm4vla_core.results import Interval
-
-ALPHA = 0.05
 
 
 def print_report(result: Correlation, published: Sequence[str] = ()) -> None:
@@ -133,24 +133,9 @@ def _by_task(pair: Pair) -> None:
     ]
     print()
     print(columns(rows, (f"{pair.benchmark} by task", "chi2 p", "Holm", "shuffled p")))
-    telling = [task for task, p in alike.per_task_holm.items() if p is not None and p < ALPHA]
-    both = alike.interaction
-    if telling and alike.p >= ALPHA:
-        line = (
-            f"The average hides what tasks show: pooled, all models could share one rate (p {p_value(alike.p)}), yet "
-        )
-        line += f"{_list(telling)} tell{'s' * (len(telling) == 1)} them apart (Holm)."
-        if both is not None and both.p < ALPHA:
-            line += (
-                f" Models are good at different tasks (model x task p {p_value(both.p)}): differences in opposite "
-                "directions cancel in the average."
-            )
-        say(line, "  ")
+    if line := hidden(pair):
+        say(f"{line}.", "  ")
     print()
-
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 # --- 3 and 4 the correlation and who decides it -------------------------------------------------------------
@@ -221,8 +206,8 @@ def _influence(result: Correlation) -> None:
     )
     alarms = next((pair.false_alarms for pair in result.pairs if pair.false_alarms), None)
     if alarms:
-        told = _list([f"{rate:.0%}" for rate in alarms.values()])
-        shares = _list([f"{float(share):.0%}" for share in alarms])
+        told = listed([f"{rate:.0%}" for rate in alarms.values()])
+        shares = listed([f"{float(share):.0%}" for share in alarms])
         say(
             f"Why that matters: where nothing connects the two scores but {shares} of the variance of each lies "
             f"between lineages, p over all models falls below 0.05 in {told} of such studies (simulated for these "

@@ -108,7 +108,7 @@ def test_parquet_and_episode_rows(capsys, small, tmp_path):
     [
         (["--capability", "absent.csv"], "no such table [absent.csv]"),
         (["--primary", "VLM capability:CALVIN"], "did you mean 'VLM capability:CALVIN ABC-D'?"),
-        (["--plot", "figure.jpg"], "a plot is .png or .svg, not '.jpg'"),
+        (["--plot", "figure.jpg"], "a plot is .png, .svg or .pdf, not '.jpg'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, words, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from probes.numbers import signed, span
+from probes.verdict import hidden
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
@@ -113,8 +114,11 @@ def noise_table(result: Correlation) -> pd.DataFrame:
 
 
 def verdicts(result: Correlation) -> list[tuple[str, str]]:
-    """(benchmark: verdict, the sentence that says why) of every pair."""
-    return [(f"{pair.benchmark}: {pair.verdict}", f"{pair.why}.") for pair in result.pairs]
+    """(benchmark: verdict, the sentence that says why, and what its average hides) of every pair."""
+    return [
+        (f"{pair.benchmark}: {pair.verdict}", " ".join(f"{text}." for text in (pair.why, hidden(pair)) if text))
+        for pair in result.pairs
+    ]
 
 
 def figure_words(result: Correlation) -> str:
