@@ -7,6 +7,7 @@ looking at, never for measuring.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,11 @@ def captioned(frame: np.ndarray, text: str, *, outcome: str = "", scale_to: int 
     draw, size = ImageDraw.Draw(sheet), 15
     while size > 8 and draw.textlength(text, font=ImageFont.load_default(size)) > sheet.width - 8:
         size -= 1
-    draw.text((4, 2), text, fill="black", font=ImageFont.load_default(size))
+    if size < 11:  # a long task: two small lines
+        lines = textwrap.wrap(text, width=len(text) // 2 + 8)
+        draw.multiline_text((4, 0), "\n".join(lines), fill="black", font=ImageFont.load_default(9), spacing=0)
+    else:
+        draw.text((4, 2), text, fill="black", font=ImageFont.load_default(size))
     if outcome:
         font = ImageFont.load_default(15)
         draw.rectangle((0, sheet.height - _LINE, draw.textlength(outcome, font=font) + 12, sheet.height), fill="black")

@@ -67,9 +67,9 @@ class Scene:
         taken = (held[:, None] == _SLOTS) & closing[:, None]
         objects = self.objects.copy()
         objects[..., :2] = np.where(taken[..., None], self.gripper[:, None, :2], objects[..., :2])
+        self.unsure = want_open != self.open
         self.objects, self.open, self.held = objects, want_open.copy(), held
         self.on = np.where(taken, -1, self.on)
-        self.unsure = np.ones(len(want_open), bool)
         jammed = self._settle_contacts()
         self._undo(jammed[~want_open[jammed]], before, _SQUEEZED)
 
