@@ -160,9 +160,10 @@ def action_chunks(
     """The next `chunk` actions from each row on, never crossing into another episode.
 
     action: (N, A), episode_of: (N,) ascending, rows: (B,).
-    Returns chunks (B, chunk, A) float32 and mask (B, chunk), True where the action is real; past the end of
+    Returns chunks (B, chunk, A) and mask (B, chunk), True where the action is real; past the end of
     the episode its last action is repeated and the mask is False.
     """
-    last = episode_of.searchsorted(episode_of[rows], side="right")[:, None] - 1  # (B, 1) row that ends the episode
+    last = episode_of.searchsorted(episode_of.take(rows), "right")[:, None] - 1  # (B, 1) row that ends the episode
     index = np.asarray(rows)[:, None] + np.arange(chunk)  # (B, chunk)
-    return action.take(np.minimum(index, last), axis=0).astype(np.float32, copy=False), index <= last
+    mask = index <= last
+    return action.take(np.minimum(index, last, out=index), axis=0), mask
