@@ -166,7 +166,7 @@ def build(config: TrainConfig, data: Data, inputs: dict[str, str]) -> tuple[Any,
     """The model of a run, and its objectives by name, the main one first."""
     model: Any = start(config, inputs)
     backbone: Backbone = model
-    seen = {look for store in data.stores for look in store.episodes.get("domain", ())}
+    seen = {look for store in data.stores for look in store.episodes.get("domain", ()) if isinstance(look, str)}
     if seen:  # what is seen in training may not pass for unseen in evaluation
         backbone.lineage["domains"] = sorted({*backbone.lineage.get("domains", ()), *seen})
     if config.objective == "action":

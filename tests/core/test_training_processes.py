@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from toys import toy_store
 
-from vlm4vla_core import checkpoint
+from vlm4vla_core import checkpoint, training
+from vlm4vla_core.errors import InputError
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.training import train
 
@@ -90,6 +92,8 @@ def test_two_processes_killed_resume_exactly(data: Path, pair: Path, tmp_path: P
         assert (a / file).read_bytes() == (b / file).read_bytes()
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(data: Path, tmp_path: Path):
-    done = two(tmp_path, {**SETTINGS, "batch_size": 3}, data, tmp_path / "run")
-    assert done.returncode != 0 and "a global batch of 3 does not divide among 2 processes" in done.stderr
+def test_a_batch_that_two_processes_cannot_share_is_refused():
+    second = SimpleNamespace(rank=1, world=2)
+    assert training._places(TrainConfig(batch_size=8, accumulate=2), second) == [slice(4, 6), slice(6, 8)]
+    with pytest.raises(InputError, match="a global batch of 3 does not divide among 2 processes"):
+        training._places(TrainConfig(batch_size=3), second)
