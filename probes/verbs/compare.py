@@ -1,12 +1,12 @@
 """Compare policies on the same initial states: how far apart, with what interval, and who cannot be told apart.
 
-POLICIES are called by the folder that `vlm4vla evaluate` wrote, by model, MODEL@STEP or run_id; without names (or with
---all) every policy in the rows is ranked. Episodes are paired on task, episode and env_seed; what cannot be paired is
-left out and listed. Two policies: exact McNemar test, Tango's score interval of the difference, a bootstrap over
+POLICIES are called by the folder that `vlm4vla evaluate` wrote, by model, MODEL@STEP or run_id; without names every
+policy in the rows is ranked. Episodes are paired on task, episode and env_seed; what cannot be paired is left out and
+listed. Two policies: exact McNemar test, Tango's score interval of the difference, a bootstrap over
 initial states beside it, all tasks together and each by itself. Chains of tasks: mean length, the five step rates,
 exact sign-flip test. Several: a ranked table, Holm over all pairs, letters for groups that cannot be told apart.
 
---paper shows the paper's own comparisons with the noise of their episodes: freezing, injection, auxiliary, scratch.
+The paper's own comparisons, with the noise of their episodes, are shown by --paper.
 
 Example: vlm4vla compare vla random --episodes runs/walk/eval/vla runs/walk/eval/random
 """

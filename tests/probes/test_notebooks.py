@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from blob_store import blob_store
+from scipy.stats import ttest_ind
 from statsmodels.stats.proportion import proportion_confint
 
 from probes.report.notebook import notebook_names, read_notebook
@@ -164,6 +165,11 @@ def test_chains_show_their_mean_length_and_the_five_step_rates(tmp_path):
     shown = benchmark_results.readable(table).set_index("policy").loc["mine"]
     assert shown["in a row, 95 %"].startswith("2.62 (") and shown.iloc[-2] == "88 / 62 / 50 / 38 / 25"
     assert "2 of 8 episodes" in (told := benchmark_results.answer(table, rows)) and "2.62 of 5 instructions" in told
+    span = ttest_ind(lengths["mine"], lengths["random"], equal_var=False).confidence_interval()  # not of whole chains
+    assert (
+        f"better than the best baseline without sight, random (0 of 8; the difference lies between +{span.low:.2f} "
+        in told
+    )
 
 
 def test_a_difference_that_may_be_zero_is_undetermined(tmp_path):

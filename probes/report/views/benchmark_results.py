@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probes.differences import newcombe
+from probes.differences import newcombe, welch
 from probes.numbers import signed
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.evaluation import chain_summary
@@ -150,23 +150,37 @@ def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> s
     protocol = rows["protocol"].iloc[0]
     where = f"On {protocol} ({coverage(protocol, rows['task'])})"
     if learned.empty:
-        best = table.loc[table["rate"].astype(float).idxmax()]
+        best = _best(table)
         return f"{where} no trained policy was evaluated; the highest success rate is that of {_told(best, level)}."
-    best = learned.loc[learned["rate"].astype(float).idxmax()]
+    best = _best(learned)
     chosen = f" (the best of {len(learned)}, chosen on these very episodes)" if len(learned) > 1 else ""
     text = f"{where}, {_told(best, level, chosen)}"
     if blind.empty:
         return f"{text}; no baseline was evaluated beside it."
-    other = blind.loc[blind["rate"].astype(float).idxmax()]
+    other = _best(blind)
     if _episodes(rows, best["policy"]) != _episodes(rows, other["policy"]):
         return f"{text}; the best baseline without sight, {other['policy']}, ran other episodes and is not compared."
     low, high = newcombe(best["successes"], best["episodes"], other["successes"], other["episodes"], level)
+    told = f"between {signed(100 * low, 1)} and {signed(100 * high, 1)} points"
+    own, others = _lengths(rows, best["policy"]), _lengths(rows, other["policy"])
+    if "chain" in best and (span := welch(own, others, level)):
+        low, high = span
+        told = f"between {signed(low)} and {signed(high)} instructions in a row"
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "undetermined against"
     return (
         f"{text}, {verdict} the best baseline without sight, {other['policy']} ({other['successes']} of "
-        f"{other['episodes']}; the difference lies between {signed(100 * low, 1)} and {signed(100 * high, 1)} points)."
-        f"{_by_task(rows, best['policy'], list(blind['policy']))}"
+        f"{other['episodes']}; the difference lies {told}).{_by_task(rows, best['policy'], list(blind['policy']))}"
     )
+
+
+def _best(table: pd.DataFrame) -> pd.Series:
+    """The row of the longest chains, or of the highest success rate."""
+    score = table["rate"] if "chain" not in table else table["chain"].map(lambda chain: chain["mean"])
+    return table.loc[score.astype(float).idxmax()]
+
+
+def _lengths(rows: pd.DataFrame, policy: str) -> list[float]:
+    return rows.loc[rows["policy"] == policy, "chain"].astype(float).tolist()
 
 
 def _by_task(rows: pd.DataFrame, policy: str, blind: list[str]) -> str:
@@ -205,7 +219,7 @@ def overall_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
     with figure_style():
         fig, axes = new_figure(width=5.0, height=0.75 + 0.27 * len(table))
         _forest(axes[0, 0], table, labels=True)
-        axes[0, 0].set_xlabel("success rate, all tasks")
+        axes[0, 0].set_xlabel("chains with all five done" if "chain" in table else "success rate, all tasks")
         if title:
             axes[0, 0].set_title(title)
     return fig
@@ -213,14 +227,14 @@ def overall_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
 
 def task_figure(table: pd.DataFrame, *, columns: int = 2) -> Figure:
     """One forest plot per task. table: of `success(rows, by=("policy", "task"))`."""
-    from probes.style import figure_style, new_figure
+    from probes.style import ONE_COLUMN, figure_style, new_figure
 
     tasks = list(dict.fromkeys(table["task"]))
     columns = min(columns, len(tasks))
     lines = -(-len(tasks) // columns)
     policies = list(dict.fromkeys(table["policy"]))
     with figure_style():
-        size = {"width": 5.6 if columns > 1 else 3.5, "height": lines * (0.62 + 0.2 * len(policies))}
+        size = {"width": 5.6 if columns > 1 else ONE_COLUMN, "height": lines * (0.62 + 0.2 * len(policies))}
         fig, axes = new_figure(lines, columns, **size, sharex=True, sharey=True)
         for axis, task in zip(axes.flat, tasks, strict=False):
             part = table[table["task"] == task].set_index("policy").reindex(policies).reset_index()
