@@ -27,6 +27,7 @@ from vlm4vla_core.results import EPISODE_COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vlm4vla_core.remote import Remote
     from vlm4vla_core.sims.benchmarks import BatchedEnv, Benchmark
 
 BASELINES = ("random", "zero", "mean-action", "scripted")
@@ -182,7 +183,7 @@ def _rollout_group(
 
 
 def evaluate(
-    policy: str | Path,
+    policy: str | Path | Remote,
     protocol: str,
     out: Path,
     *,
@@ -191,12 +192,14 @@ def evaluate(
     execute: int | None = None,
     parallel: int = 64,
     data: Path | None = None,
+    deterministic: bool = False,
 ) -> pd.DataFrame:
     """Evaluate a checkpoint (or a baseline by name) and keep one row per episode in `out`/rows.parquet.
 
-    policy: a checkpoint or run folder, or one of BASELINES (`mean-action` needs `data`, a store).
+    policy: a checkpoint or run folder, one of BASELINES (`mean-action` needs `data`, a store), or a policy on a server.
     tasks: a subset of the benchmark's tasks, all when empty. episodes: per task, numbered from 0.
     execute: actions of a chunk carried out before replanning; None means the protocol's own number, else the chunk.
+    deterministic: predict one picture at a time, so that rounding does not depend on the others.
     Returns all rows of `out`, old and new. Raises InputError on unknown names, mismatched conventions,
     or when `out` holds rows of another policy or protocol, or no rows at all.
     """
@@ -211,12 +214,14 @@ def evaluate(
         raise InputError(f"{policy} predicts one action at a time", fix="leave --execute out")
     name, inputs = _identify(policy, data)
     config = {"policy": name, "benchmark": bench.describe(), "execute": execute}
+    if deterministic:
+        config["deterministic"] = True
     rows = _finished(out, config, inputs)
     done = set() if rows is None else set(zip(rows["task"], rows["episode"], strict=True))
     missing = [cell for cell in cells if cell not in done]
     if rows is not None and not missing:
         return rows
-    actor = _make_actor(policy, bench, execute, data)
+    actor = _make_actor(policy, bench, execute, data, deterministic)
     fresh = rollout(bench, actor, missing, parallel=parallel)
     # One write per group keeps a killed evaluation's finished episodes.
     while group := list(islice(fresh, parallel)):
@@ -234,7 +239,7 @@ def _chosen(bench: Benchmark, tasks: Sequence[str]) -> tuple[str, ...]:
 
 
 def film(
-    policy: str | Path,
+    policy: str | Path | Remote,
     protocol: str,
     path: Path,
     *,
@@ -305,7 +310,7 @@ def bounded_mean(values: np.ndarray, high: float) -> tuple[float, float]:
     return max(0.0, float(more.mean() - half)), min(high, float(more.mean() + half))
 
 
-def _identify(policy: str | Path, data: Path | None) -> tuple[str, dict[str, str]]:
+def _identify(policy: str | Path | Remote, data: Path | None) -> tuple[str, dict[str, str]]:
     """What kind of policy this is, and the fingerprints that its rows are tied to."""
     if str(policy) in BASELINES:
         if str(policy) != "mean-action":
@@ -315,6 +320,8 @@ def _identify(policy: str | Path, data: Path | None) -> tuple[str, dict[str, str
         return "mean-action", {"data": _store_fingerprint(Path(data))}
     from vlm4vla_core import checkpoint
 
+    if not isinstance(policy, str | Path):
+        return "checkpoint", {"checkpoint": policy.fingerprint}
     try:
         folder = checkpoint.resolve(Path(policy))
     except InputError:
@@ -331,7 +338,9 @@ def _store_fingerprint(store: Path) -> str:
     return str(folders.read_manifest(store, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)["fingerprint"])
 
 
-def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data: Path | None) -> Actor:
+def _make_actor(
+    policy: str | Path | Remote, bench: Benchmark, execute: int | None, data: Path | None, deterministic: bool = False
+) -> Actor:
     if str(policy) in BASELINES:
         mean = None
         if str(policy) == "mean-action":
@@ -345,22 +354,28 @@ def _make_actor(policy: str | Path, bench: Benchmark, execute: int | None, data:
             opens = (mean[-1] > halfway) == (bench.convention.gripper_open > halfway)
             mean[-1] = bench.convention.gripper_open if opens else bench.convention.gripper_closed
         return BaselineActor(str(policy), bench.convention, np.asarray(bench.action_limit), mean)
-    from vlm4vla_core import checkpoint
-    from vlm4vla_core.policy import VLAPolicy
+    model: Any
+    where: str | Path
+    if isinstance(policy, str | Path):
+        from vlm4vla_core import checkpoint
+        from vlm4vla_core.policy import VLAPolicy
 
-    folder = checkpoint.resolve(Path(policy))
-    model = VLAPolicy.load(folder)
-    check_conventions(model.config.convention, bench.convention, where=folder)
-    check_seen(model.backbone.lineage.get("domains", ()), bench, where=folder)
+        where = checkpoint.resolve(Path(policy))
+        model = VLAPolicy.load(where)
+        domains, labels = model.backbone.lineage.get("domains", ()), checkpoint.row_labels(where)
+    else:
+        model, where, domains, labels = policy, policy.url, policy.domains, policy.labels
+    check_conventions(model.config.convention, bench.convention, where=where)
+    check_seen(domains, bench, where=where)
     if model.config.camera not in bench.cameras:
         what = f"the policy looks through camera '{model.config.camera}', and {bench.protocol} has none of that name"
-        raise InputError(what, where=folder, fix=f"train with --camera {' or '.join(bench.cameras)}")
+        raise InputError(what, where=where, fix=f"train with --camera {' or '.join(bench.cameras)}")
     chunk = model.config.chunk
     carried_out = next(length for length in (execute, bench.execute, chunk) if length is not None)
     if not 1 <= carried_out <= chunk:
         fix = f"give --execute between 1 and {chunk}"
-        raise InputError(f"--execute {carried_out} does not fit the policy's chunk of {chunk}", where=folder, fix=fix)
-    return PolicyActor(model, carried_out, checkpoint.row_labels(folder))
+        raise InputError(f"--execute {carried_out} does not fit the policy's chunk of {chunk}", where=where, fix=fix)
+    return PolicyActor(model, carried_out, labels, batch_size=1 if deterministic else 64)
 
 
 def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.DataFrame | None:

@@ -1,6 +1,7 @@
 """Roll a policy out in a benchmark, closed loop, and keep one row per episode.
 
-POLICY is a checkpoint or run folder, or a baseline: random, zero, mean-action (needs --data), scripted.
+POLICY is a checkpoint or run folder, or a baseline: random, zero, mean-action (needs --data), scripted; or leave it out
+and name a server of `vlm4vla serve` by --remote HOST:PORT.
 Issuing the command again with more episodes runs only the missing ones.
 
 Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-tasks@1 --tasks move touch --episodes 50
@@ -15,17 +16,26 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
+from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vlm4vla_core.remote import Remote
+
 
 @dataclass(frozen=True)
 class Args:
-    policy: Positional[str]
-    """Checkpoint or run folder, or random, zero, mean-action, scripted."""
     benchmark: str
     """Protocol with its version, such as tabletop-tasks@1."""
+    policy: Positional[str] = ""
+    """Checkpoint or run folder, or random, zero, mean-action, scripted."""
+    remote: str | None = None
+    """HOST:PORT of a policy server, in place of POLICY."""
+    token_file: Path | None = None
+    """File with the server's token."""
+    deterministic: bool = False
+    """Predict one picture at a time, so that no rounding depends on the batch."""
     tasks: tuple[str, ...] = ()
     """Subset of the benchmark's tasks; all when left out."""
     episodes: int = 20
@@ -48,6 +58,8 @@ def run(args: Args) -> int:
     if args.benchmark.startswith("tabletop-vqa@"):
         from vlm4vla_core.vqa.benchmark import run as ask  # questions, not rollouts
 
+        if args.remote:
+            raise InputError("a policy server answers with actions, not with words", fix="give a checkpoint's folder")
         return ask(args)
     from vlm4vla_core.evaluation import evaluate, film
     from vlm4vla_core.film import check_ending
@@ -55,10 +67,11 @@ def run(args: Args) -> int:
 
     if args.video:
         check_ending(args.video)
-    out = args.out or _default_out(args)
+    policy = _policy(args)
+    out = args.out or _default_out(args, policy)
     rows = evaluate(
-        args.policy, args.benchmark, out,
-        tasks=args.tasks, episodes=args.episodes, execute=args.execute, data=args.data,
+        policy, args.benchmark, out, tasks=args.tasks, episodes=args.episodes, execute=args.execute, data=args.data,
+        deterministic=args.deterministic,
     )  # fmt: skip
     wanted = rows[rows["episode"] < args.episodes]
     if args.tasks:
@@ -69,11 +82,16 @@ def run(args: Args) -> int:
     found |= _tell(args, wanted, protocol, found)
     print(f"rows in {out / 'rows.parquet'}")
     if args.json:
-        summary = {"policy": args.policy, "benchmark": protocol, **found, "rows": str(out / "rows.parquet")}
+        summary = {
+            "policy": args.policy or args.remote,
+            "benchmark": protocol,
+            **found,
+            "rows": str(out / "rows.parquet"),
+        }
         folders.write_json(args.json, summary)
     if args.video:
         film(
-            args.policy, args.benchmark, args.video,
+            policy, args.benchmark, args.video,
             tasks=args.tasks, episodes=args.filmed, execute=args.execute, data=args.data,
         )  # fmt: skip
         print(f"film: {args.video}")
@@ -88,7 +106,8 @@ def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[
     from vlm4vla_core.sims.tabletop.scenes import LONG
 
     table, part = success_table(rows, ["task"]), coverage(args.benchmark, rows["task"])
-    print(f"{args.policy} on {args.benchmark}, {part}; success rule {rows['success_rule'].iloc[0]}, Wilson intervals")
+    rule = f"success rule {rows['success_rule'].iloc[0]}, Wilson intervals"
+    print(f"{args.policy or args.remote} on {args.benchmark}, {part}; {rule}")
     looks = f"looks {', '.join(protocol['domains'])} (training: {', '.join(protocol['train_domains'])})"
     size, version = protocol["image_size"], protocol["world_version"]
     print(f"{protocol['title']}; {looks}, {size} px, built-in world version {version}")
@@ -115,7 +134,19 @@ def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[
     return told
 
 
-def _default_out(args: Args) -> Path:
+def _policy(args: Args) -> str | Remote:
+    """What is rolled out: the name that was given, or the policy behind a server."""
+    if bool(args.policy) == bool(args.remote):
+        raise InputError("give either a POLICY or --remote HOST:PORT")
+    if not args.remote:
+        return args.policy
+    from vlm4vla_core.remote import Remote
+    from vlm4vla_core.serve import read_token
+
+    return Remote(args.remote, read_token(args.token_file), alone=args.deterministic)
+
+
+def _default_out(args: Args, policy: str | Remote) -> Path:
     """A folder of its own for every checkpoint, protocol and execute length, so that rows are never mixed."""
     from vlm4vla_core.evaluation import BASELINES
 
@@ -123,6 +154,9 @@ def _default_out(args: Args) -> Path:
         return Path("runs/eval") / args.policy / args.benchmark
     from vlm4vla_core import checkpoint
 
-    folder = checkpoint.resolve(Path(args.policy))
-    name = f"{args.benchmark}-{folder.name}" + (f"-execute{args.execute}" if args.execute else "")
+    tail = (f"-execute{args.execute}" if args.execute else "") + ("-deterministic" if args.deterministic else "")
+    if not isinstance(policy, str):
+        return Path("runs/eval") / f"remote-{policy.fingerprint[:12]}" / f"{args.benchmark}{tail}"
+    folder = checkpoint.resolve(Path(policy))
+    name = f"{args.benchmark}-{folder.name}{tail}"
     return (folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent) / "eval" / name
