@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "train": ("vlm4vla_core.verbs.train", "turn a VLM into a VLA (or train it on questions) from an episode store"),
     "evaluate": ("vlm4vla_core.verbs.evaluate", "roll a policy out in a benchmark, one row per episode"),
+    "serve": ("vlm4vla_core.verbs.serve", "answer simulators that live elsewhere: a policy behind a websocket"),
     "features": ("probes.verbs.features", "extract vision-encoder features of a checkpoint"),
     "probe": ("probes.verbs.probe", "fit a linear readout on features, beside its baselines"),
     "similarity": ("probes.verbs.similarity", "compare two sets of features by centred kernel alignment"),
