@@ -18,6 +18,7 @@ from vlm4vla_core.errors import InputError
 from vlm4vla_core.sims.tabletop import demos, scenes
 from vlm4vla_core.sims.tabletop.looks import PALETTE
 from vlm4vla_core.sims.tabletop.world import COLOURS
+from vlm4vla_core.tiny import tiny_tokenizer
 from vlm4vla_core.vqa import CLEARLY, KINDS, MIXES, Question, availability, pictures, questions
 from vlm4vla_core.vqa.data import EmbodiedData, parse_points
 from vlm4vla_core.vqa.general import GENERAL
@@ -374,3 +375,10 @@ def test_mixes_are_names_for_kinds_and_scenes_have_the_general_one(robot: Episod
         questions(store, 0, rng, kinds=("position",))
     with pytest.raises(InputError, match="'generl'; did you mean 'general'"):
         questions(store, 0, rng, kinds=("generl",))
+
+
+def test_embodied_words_are_single_tokens_of_the_tiny_tokenizer(robot: EpisodeStore):
+    tokenizer = tiny_tokenizer()
+    texts = {text for kind in MIXES["embodied"] for _, asked in ask_all(robot, kind) for text in asked[:2]}
+    for word in {word for text in texts for word in re.findall(r" ?[A-Za-z]+", text)}:
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word

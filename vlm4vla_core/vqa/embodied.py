@@ -331,7 +331,7 @@ def _plan(scene: _Scene) -> Groups:
     held = int(scene.store.column(HELD)[scene.row, 0])
     steps = [] if held < 0 or names[held] == target else [f"let the {names[held]} go"]
     steps += [] if held >= 0 and names[held] == target else [f"grasp the {target}"]
-    return [[(f"{scene.task} What are the steps from here?", ", ".join([*steps, last[family]]))]]
+    return [[(f"{scene.task} What are the next steps?", ", ".join([*steps, last[family]]))]]
 
 
 def _trajectory(scene: _Scene) -> Groups:
