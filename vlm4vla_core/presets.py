@@ -212,7 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper/libero10": {**_PAPER, **_OXE, "warmup_steps": 250, "augmentation": "libero"},
     # A random model of 0.3 M parameters on the CPU: a minute or two. Tuned on held-out episodes of the built-in world.
     "tiny": {
-        "backbone": "tiny", "image_size": 112, "chunk": 4, "head_width": 256, "gripper_weight": 0.03,
+        "backbone": "tiny", "chunk": 4, "head_width": 256, "gripper_weight": 0.03,
         "max_steps": 400, "batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 60,
         "betas": (0.9, 0.98), "weight_decay": 0.02, "clip": 1.0, "save_every": 100, "val_every": 100, "threads": 1,
         "device": "cpu",

@@ -72,7 +72,7 @@ def test_every_value_of_the_authors_presets_has_a_source():
 
 def test_what_is_not_said_is_the_default():
     made = make_config("tiny")
-    assert made.default_options() and made.options() == BackboneOptions(image_size=112)
+    assert made.default_options() and made.options() == BackboneOptions()
     assert (made.head, made.arm_loss, made.normalisation, made.pad_to, made.compile) == (
         "fc", "huber", "quantile", None, False,
     )  # fmt: skip
