@@ -51,10 +51,23 @@ class ActionConvention:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> ActionConvention:
-        known = {field.name for field in fields(cls)}
-        if set(value) != known:
-            wrong = ", ".join(sorted(set(value) ^ known))
+        """The way back of `to_dict`. Raises InputError on wrong or missing fields and on values of another kind."""
+        known, given = {field.name for field in fields(cls)}, value if isinstance(value, dict) else {}
+        if set(given) != known:
+            wrong = ", ".join(sorted(map(str, set(given) ^ known)))
             raise InputError(f"an action convention with wrong or missing fields: {wrong}")
+        for key, one in given.items():
+            if key in ("names", "units"):
+                right = isinstance(one, list | tuple) and all(isinstance(text, str) for text in one)
+            elif key == "relative":
+                right = one is None or isinstance(one, bool)
+            elif key in ("frame", "rotation", "scaling"):
+                right = isinstance(one, str)
+            else:  # numbers; of the gripper's they may be unknown
+                number = isinstance(one, int | float) and not isinstance(one, bool)
+                right = (number and one > 0) if key == "control_hz" else (number or one is None)
+            if not right:
+                raise InputError(f"an action convention whose {key} cannot be {one!r}")
         gripper = {key: math.nan for key in ("gripper_open", "gripper_closed") if value[key] is None}
         return cls(**value | gripper)
 

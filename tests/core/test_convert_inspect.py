@@ -130,7 +130,11 @@ def test_bad_sources_exit_2_with_one_line(source: Path, tmp_path: Path, capsys: 
     assert "did you mean 'bridge'" in line
     assert "rlds data have no option 'convention'" in fails(capsys, out, source, "--convention", "bridge")
     model = json.dumps(BRIDGE.to_dict())
-    for text, told in (("[]", "no action convention"), (model.replace("frame", "fame"), "fame, frame"), ("{", "JSON")):
+    wrong = [("control_hz", -1), ("gripper_open", "open"), ("names", [1] * 7), ("relative", 1), ("frame", None)]
+    typed = [(json.dumps(json.loads(model) | {key: value}), f"{key} cannot be") for key, value in wrong]
+    for text, told in (
+        ("[]", "no action convention"), (model.replace("frame", "fame"), "fame, frame"), ("{", "JSON"), *typed,
+    ):  # fmt: skip
         (tmp_path / "c.json").write_text(text)
         assert told in fails(capsys, out, source, "--convention", str(tmp_path / "c.json"))
     (tmp_path / "c.json").write_text(model)

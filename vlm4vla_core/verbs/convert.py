@@ -125,7 +125,7 @@ def _convention(text: str) -> ActionConvention:
     value = folders.read_json(Path(text))
     try:
         return actions.ActionConvention.from_dict(value)
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(
             f"no action convention ({error})", where=text, fix="take one of dataset.json as a model"
         ) from None
