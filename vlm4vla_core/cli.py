@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "features": ("probes.verbs.features", "extract vision-encoder features of a checkpoint"),
     "probe": ("probes.verbs.probe", "fit a linear readout on features, beside its baselines"),
     "similarity": ("probes.verbs.similarity", "compare two sets of features by centred kernel alignment"),
+    "attribute": ("probes.verbs.attribute", "show which parts of the frames move one number of a policy's answer"),
     "diverge": ("probes.verbs.diverge", "measure how VLM training and VLA training part, in weights and gradients"),
     "power": ("probes.verbs.power", "what so many models and episodes can show, before they are paid for"),
     "compare": ("probes.verbs.compare", "compare policies on the same initial states, two or many"),
