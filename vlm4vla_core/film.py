@@ -29,12 +29,15 @@ def captioned(frame: np.ndarray, text: str, *, outcome: str = "", scale_to: int 
     )
     sheet = Image.new("RGB", (picture.width, picture.height + _LINE), "white")
     sheet.paste(picture, (0, _LINE))
-    draw, size = ImageDraw.Draw(sheet), 15
-    while size > 8 and draw.textlength(text, font=ImageFont.load_default(size)) > sheet.width - 8:
+    draw, size, room = ImageDraw.Draw(sheet), 15, sheet.width - 8
+    while size > 8 and draw.textlength(text, font=ImageFont.load_default(size)) > room:
         size -= 1
     if size < 11:  # a long task: two small lines
-        lines = textwrap.wrap(text, width=len(text) // 2 + 8)
-        draw.multiline_text((4, 0), "\n".join(lines), fill="black", font=ImageFont.load_default(9), spacing=0)
+        cuts = (textwrap.wrap(text, width) for width in range(len(text) // 2, len(text) + 1))
+        lines, size = next(cut for cut in cuts if len(cut) <= 2), 9
+        while size > 7 and max(draw.textlength(line, font=ImageFont.load_default(size)) for line in lines) > room:
+            size -= 1
+        draw.multiline_text((4, 0), "\n".join(lines), fill="black", font=ImageFont.load_default(size), spacing=0)
     else:
         draw.text((4, 2), text, fill="black", font=ImageFont.load_default(size))
     if outcome:

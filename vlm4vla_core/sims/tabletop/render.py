@@ -88,14 +88,15 @@ def render(
         chunk = max(1, _RAYS // (size * samples) ** 2)
         for start in range(0, len(state), chunk):
             part = slice(start, start + chunk)
-            colour, _, _ = trace(state[part], domains[part], size * samples, camera=camera, hand=hand)
+            colour, far, label = trace(state[part], domains[part], size * samples, camera=camera, hand=hand)
             fine = colour.view(-1, size, samples, size, samples, 3)
             mean = fine[:, :, 0, :, 0]
             for i, j in [(i, j) for i in range(samples) for j in range(samples)][1:]:
                 mean = mean + fine[:, :, i, :, j]
             rgb[part] = (mean * (255 / samples**2) + 0.5).clamp(0, 255).to(torch.uint8).numpy()
             if depth is not None and segmentation is not None:
-                _, far, label = trace(state[part], domains[part], size, camera=camera, hand=hand)
+                if samples > 1:
+                    _, far, label = trace(state[part], domains[part], size, camera=camera, hand=hand)
                 depth[part], segmentation[part] = far.numpy(), label.numpy()
     finally:
         torch.set_num_threads(threads)

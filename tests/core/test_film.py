@@ -1,0 +1,50 @@
+"""Films for people: captions, endings, what a player gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm4vla_core.errors import InputError
+from vlm4vla_core.film import captioned, write_video
+
+
+def test_captions_enlarge_the_picture_and_keep_long_words_whole() -> None:
+    frame = np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    short = captioned(frame, "touch the red cube")
+    assert short.shape == (246, 224, 3)
+    np.testing.assert_array_equal(short[22:], frame.repeat(4, 0).repeat(4, 1))
+    long = captioned(
+        frame, "stack the yellow cylinder on the purple cylinder and the purple cube on the yellow cylinder"
+    )
+    assert (long[:22, -4:] == 255).all() and (long[12:22] < 128).any() and (long[:10] < 128).any()  # two lines, inside
+    told = captioned(frame, "touch the red cube", outcome="reached in 5 steps")
+    assert (told[-20:-2, :4] == 0).all() and (told[-22:, -20:] == short[-22:, -20:]).all()
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_a_film_holds_its_frames(tmp_path: Path, ending: str) -> None:
+    frames = [np.full((57, 64, 3), shade, np.uint8) for shade in (0, 120, 250)]  # an odd height
+    path = tmp_path / "new" / f"film{ending}"
+    write_video(path, frames, fps=5)
+    if ending == ".mp4":
+        import av
+
+        with av.open(str(path)) as film:
+            seen = [frame.to_ndarray(format="rgb24").mean() for frame in film.decode(video=0)]
+    else:
+        from PIL import Image, ImageSequence
+
+        with Image.open(path) as pages:
+            seen = [np.asarray(page.convert("RGB")).mean() for page in ImageSequence.Iterator(pages)]
+    np.testing.assert_allclose(seen, [0, 120, 250], atol=4)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_bad_films_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\.mp4 or \.gif"):
+        write_video(tmp_path / "a.avi", [np.zeros((8, 8, 3), np.uint8)], 5)
+    with pytest.raises(InputError, match="no frames"):
+        write_video(tmp_path / "a.gif", [], 5)
