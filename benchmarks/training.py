@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-STEPS, ROUNDS, WARM = 40, 4, 5
+STEPS, ROUNDS, WARM = 30, 3, 5
 
 
 def bare(data: Any, config: Any) -> tuple[float, float]:
@@ -76,8 +76,8 @@ def main() -> None:
 
     from vlm4vla_core import folders
     from vlm4vla_core.cli import main as vlm4vla
-    from vlm4vla_core.objectives import Data
     from vlm4vla_core.presets import make_config
+    from vlm4vla_core.training_data import Data
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

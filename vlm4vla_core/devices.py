@@ -7,8 +7,8 @@ so every decision (stop, bad loss) is made on numbers that all have.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.errors import InputError
@@ -76,6 +76,26 @@ class Devices:
     def wait(self) -> None:
         """Until all processes are here."""
         self.sum([0.0])
+
+    def memory_gb(self) -> float:
+        """Largest memory held so far in this process, in GB (1e9): of the GPU, or resident."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    @contextmanager
+    def randomness(self, key: Sequence[int]) -> Iterator[None]:
+        """Torch draws (dropout) as a function of the key and this process; its global state is left alone."""
+        import numpy as np
+        import torch
+
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence([*key, self.rank]).generate_state(1)[0]))
+            yield
 
     def close(self) -> None:
         """Leave the group of processes, when it was joined here."""

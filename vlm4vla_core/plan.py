@@ -14,7 +14,7 @@ from vlm4vla_core.presets import TrainConfig
 
 def plan(config: TrainConfig, data: Sequence[Path]) -> dict[str, Any]:
     """Parameters, memory, tokens, steps and checkpoints of a run. Raises InputError on stores and models as `train`."""
-    from vlm4vla_core.objectives import Data
+    from vlm4vla_core.training_data import Data
 
     opened = Data(config, data)
     rows = sum(map(len, opened.mixture.train))

@@ -106,3 +106,23 @@ def prune(out: Path, keep_last: int, best: int | None) -> None:
         if folder not in kept:
             (folder / folders.MANIFEST).unlink()
             shutil.rmtree(folder)
+
+
+def open_trackers(names: Sequence[str], out: Path) -> list[Any]:
+    """Trackers of accelerate, by name, begun for a run. Raises InputError naming what is installed."""
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    if missing := sorted(set(names) - known):
+        listing = ", ".join(sorted(known)) or "none"
+        raise InputError(f"no tracker '{missing[0]}' is installed", fix=f"installed: {listing}")
+    made = []
+    for name in names:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        tracker = kind(out.name, **({"logging_dir": out} if kind.requires_logging_directory else {}))
+        if hasattr(tracker, "start"):
+            tracker.start()
+        made.append(tracker)
+    return made

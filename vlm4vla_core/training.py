@@ -29,11 +29,21 @@ from vlm4vla_core import checkpoint, folders, trajectory
 from vlm4vla_core.devices import Devices
 from vlm4vla_core.episodes.sampling import rank_slice
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.objectives import Data, Draw, build
+from vlm4vla_core.objectives import build, losses_module
 from vlm4vla_core.optimisers import average, averaged, learning_rate, make_optimizer, set_rates
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.progress import progress
-from vlm4vla_core.run_folder import STOPPED, finished, locked, prune, read_log, refuse_changes, run_inputs
+from vlm4vla_core.run_folder import (
+    STOPPED,
+    finished,
+    locked,
+    open_trackers,
+    prune,
+    read_log,
+    refuse_changes,
+    run_inputs,
+)
+from vlm4vla_core.training_data import Data, Draw
 
 __all__ = ["TrainConfig", "learning_rate", "train", "up_to_date"]
 
@@ -119,8 +129,8 @@ class _Run:
         if config.checkpoint_activations:
             self.backbone.checkpoint_activations()
         self.optimizer = make_optimizer(config, self.model)
-        self.losses = devices.share(_losses_module(self.model, self.objectives))
-        self.trackers = self._trackers() if devices.first else []
+        self.losses = devices.share(losses_module(self.model, self.objectives))
+        self.trackers = open_trackers(config.trackers, out) if devices.first else []
         if devices.first and not (out / "run.json").exists():
             self._write_run()
 
@@ -151,25 +161,6 @@ class _Run:
                 "made_by": folders.provenance(),
             },
         )
-
-    def _trackers(self) -> list[Any]:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-        if not self.config.trackers:
-            return []
-        known = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-        if missing := sorted(set(self.config.trackers) - known):
-            listing = ", ".join(sorted(known)) or "none"
-            raise InputError(f"no tracker '{missing[0]}' is installed", fix=f"installed: {listing}")
-        made = []
-        for name in self.config.trackers:
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            where = {"logging_dir": self.out} if kind.requires_logging_directory else {}
-            tracker = kind(self.out.name, **where)
-            if hasattr(tracker, "start"):
-                tracker.start()
-            made.append(tracker)
-        return made
 
     # --- checkpoints and log
 
@@ -303,7 +294,7 @@ class _Run:
                     speed = (self.step - done_before) * config.batch_size / taken
                     self._log(
                         **losses, lr=rate, grad_norm=norm, samples_per_s=round(speed, 1),
-                        waiting=round(waited / taken, 4), memory_gb=round(self._memory(), 3),
+                        waiting=round(waited / taken, 4), memory_gb=round(self.devices.memory_gb(), 3),
                         **({"skipped": self.data.skipped} if config.skip_corrupt else {}),
                     )  # fmt: skip
                 best = False
@@ -331,23 +322,14 @@ class _Run:
         losses = [loss for loss, step in self.history if step]
         return bool(patience) and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
 
-    def _memory(self) -> float:
-        """Largest memory held so far in this process, in GB (1e9): of the GPU, or resident."""
-        import torch
-
-        if self.devices.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e9
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
     def _update(self, draw: Draw, parts: list[dict[str, Any]]) -> tuple[dict[str, float], float, float]:
         """One optimizer step; returns the losses, the gradient norm before clipping, and the rate."""
         import torch
 
         rate = set_rates(self.config, self.optimizer, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._own_randomness():
+        drawn = self.devices.randomness([self.config.seed, self.step]) if self.config.dropout else nullcontext()
+        with drawn:
             try:
                 losses = self._backward(parts)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -395,20 +377,6 @@ class _Run:
             summed |= {**first, "loss": sum(weights[name] * {**summed, **first}[name] for name in names)}
         return summed
 
-    @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Dropout drawn from (seed, step, process), and torch's global state left alone."""
-        import torch
-
-        if not self.config.dropout:
-            yield
-            return
-        gpus = [self.devices.device] if self.devices.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus):
-            state = np.random.SeedSequence([self.config.seed, self.step, self.devices.rank]).generate_state(1)
-            torch.manual_seed(int(state[0]))
-            yield
-
     def _too_large(self) -> InputError:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         fixed = (16 * trained + 4 * sum(p.numel() for p in self.model.parameters() if not p.requires_grad)) / 1e9
@@ -442,18 +410,3 @@ def _places(config: TrainConfig, devices: Devices) -> list[slice]:
         raise InputError(what, fix="change accumulate or batch_size")
     size = each // config.accumulate
     return [slice(start, start + size) for start in range(mine.start, mine.stop, size)]
-
-
-def _losses_module(model: Any, objectives: dict[str, Any]) -> Any:
-    """A module whose forward gives every objective's losses, as DistributedDataParallel needs one."""
-    import torch
-
-    class Losses(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, parts: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-            return {name: objective.loss(parts[name]) for name, objective in objectives.items()}
-
-    return Losses()

@@ -21,10 +21,11 @@ from vlm4vla_core.episodes.mixture import mix
 from vlm4vla_core.episodes.store import EpisodeStore
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.fast import FastTokenizer
-from vlm4vla_core.objectives import Data, action_token_ids
 from vlm4vla_core.policy import VLAPolicy
 from vlm4vla_core.presets import TrainConfig, make_config, make_stages
+from vlm4vla_core.text_objectives import action_token_ids
 from vlm4vla_core.training import train
+from vlm4vla_core.training_data import Data
 
 SMALL = {
     "image_size": 28, "chunk": 2, "head_width": 16, "max_steps": 5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2,
