@@ -13,6 +13,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlm4vla_core.actions import TABLETOP
+from vlm4vla_core.answers import answer
 from vlm4vla_core.backbone import Backbone, tiny
 from vlm4vla_core.cli import main
 from vlm4vla_core.errors import InputError
@@ -99,8 +100,6 @@ def test_rows_of_a_checkpoint_and_resuming(checkpoint: Path, tmp_path: Path, mon
         assert (line.scene_seed, line.domain) == (expected.seed, expected.domain)
         assert (line.question, line.answer) == (expected.question, expected.answer)
         assert line.correct == (normalised(line.given) == normalised(line.answer))
-    from vlm4vla_core.answers import answer
-
     items = [item(line.kind, line.number) for line in table.itertuples()]
     loaded = Backbone.load(checkpoint)
     assert answer(loaded, show(items), [one.question for one in items], max_tokens=24) == table["given"].tolist()
@@ -198,3 +197,22 @@ def test_a_published_folder_with_its_own_output_layer_and_a_policy_s_backbone(tm
     given = [evaluate(tmp_path / name, tmp_path / f"{name}-out", kinds=("left",), episodes=2)["given"].tolist()
              for name in ("vla", "vlm")]  # fmt: skip
     assert given[0] == given[1]
+
+
+@pytest.mark.slow
+def test_answers_can_be_learnt_by_heart_and_are_then_generated():
+    """From scenes to words: 24 questions about 24 pictures, among them equal questions with different answers."""
+    items = [item(kind, number) for kind in ("colour", "shape", "closest", "where") for number in range(6)]
+    images, asked, answers = show(items), [one.question for one in items], [one.answer for one in items]
+    assert len(set(asked)) < len(asked)
+    model = tiny("gemma3", seed=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.98))
+    for _ in range(250):
+        optimizer.zero_grad()
+        model.language_loss(images, asked, answers).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    given = answer(model.eval(), images, asked, max_tokens=24)
+    assert np.mean([normalised(a) == normalised(b) for a, b in zip(given, answers, strict=True)]) > 0.9
+    dark = answer(model, np.zeros_like(images), asked, max_tokens=24)
+    assert np.mean([a == b for a, b in zip(dark, answers, strict=True)]) < 0.8  # it was looking
