@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 GRIPPER_WEIGHTS = {"authors_code": 0.01, "paper_equation": 1.0}
-ARM_LOSSES = {"authors_code": "huber", "paper_equation": "l2"}
 PAPER_WIDTH = 1024
 _TIMES = 32  # sines and cosines that tell the flow head the time
 

@@ -181,11 +181,6 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def canonical_names(folder: Path, spec: FamilySpec) -> dict[str, str]:
-    """Weight name in the files of a published checkpoint -> name in the headless base. Raises InputError."""
-    return {name: spec.canonical(name) for name, _ in _tensors(folder)}
-
-
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     """Names and lazily read tensors of all files."""
     from safetensors import safe_open

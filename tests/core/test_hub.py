@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from vlm4vla_core.backbone import Backbone, load_backbone, tiny
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.families import families
-from vlm4vla_core.hub import canonical_names, weight_files
+from vlm4vla_core.hub import weight_files
 
 KNOWN = {  # a few names as they stand in the published files
     "qwen2_5_vl": ["visual.blocks.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"],
@@ -65,7 +65,7 @@ def test_the_published_layout_loads_bit_equal(name: str, tmp_path: Path):
     if name == "kosmos2":  # as an old file
         extra = {"text_model.model.embed_positions.weights": torch.zeros(4, 64)}
     folder = published(tmp_path / "m", model, **extra)
-    keys = canonical_names(folder, model.spec)
+    keys = {key: model.spec.canonical(key) for file in weight_files(folder) for key in load_file(file)}
     assert set(KNOWN.get(name, [])) <= set(keys)
     assert set(keys.values()) - {"lm_head.weight", *extra} == set(dict(model.base.named_parameters()))
     state = torch.get_rng_state()
@@ -236,7 +236,7 @@ def test_a_missing_shard_is_refused_for_every_layout(tmp_path: Path):
     with pytest.raises(InputError, match="cannot load the model"):
         load_backbone(folder)
     with pytest.raises(InputError, match="a weight file is missing"):
-        canonical_names(folder, member("paligemma").spec)
+        weight_files(folder)
 
 
 def test_a_hub_id_loads_from_the_cache_offline(tmp_path: Path):
