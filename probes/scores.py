@@ -191,14 +191,17 @@ def _counts_below(below: pd.DataFrame, models: list[str], where: str) -> dict[st
     if below.empty or "successes" not in below or "episodes" not in below:
         return {}
     known = below[below["successes"].notna() & below["episodes"].notna()]
-    twice = known[known.duplicated(["model", "benchmark", "task"])]
-    if not twice.empty:
-        row = twice.iloc[0]
-        raise InputError(
-            f"{row['model']} has task {row['task']} of {row['benchmark']} twice", where=where, fix="keep one row"
-        )
+    _tasks_once(known, where)
     check_counts(known.assign(benchmark=known["benchmark"] + ", " + known["task"]), where)
     return {str(name): _tabulate(rows, models) for name, rows in known.groupby("benchmark", sort=False)}
+
+
+def _tasks_once(rows: pd.DataFrame, where: str) -> None:
+    twice = rows[rows.duplicated(["model", "benchmark", "task"])]
+    if not twice.empty:
+        row = twice.iloc[0]
+        what = f"{row['model']} has task {row['task']} of {row['benchmark']} twice"
+        raise InputError(what, where=where, fix="keep one row")
 
 
 def _counts_by_task(episodes: pd.DataFrame, models: list[str], where: str) -> dict[str, TaskCounts]:
@@ -251,12 +254,7 @@ def _step_rates(below: pd.DataFrame, models: list[str], where: str) -> dict[str,
     rows = below[below["metric"] == "step_rate"]
     check_units(rows, "value", where)
     rates = {}
-    twice = rows[rows.duplicated(["model", "benchmark", "task"])]
-    if not twice.empty:
-        row = twice.iloc[0]
-        raise InputError(
-            f"{row['model']} has {row['task']} of {row['benchmark']} twice", where=where, fix="keep one row"
-        )
+    _tasks_once(rows, where)
     for name, group in rows.groupby("benchmark", sort=False):
         wide = group.pivot(index="model", columns="task", values="value").reindex(models)
         rates[str(name)] = wide[sorted(wide.columns)].to_numpy(float)

@@ -504,7 +504,7 @@ def test_a_chain_position_that_stands_twice_is_named():
     capability, performance = tables([1, 2, 3, 4], {"b": [1, 3, 2, 5]})
     steps = performance.assign(task="1 in a row", metric="step_rate", value=0.5)
     both = pd.concat([performance.assign(task="", metric="avg_len"), steps, steps.head(1)])
-    with pytest.raises(InputError, match="m0 has 1 in a row of b twice"):
+    with pytest.raises(InputError, match="m0 has task 1 in a row of b twice"):
         correlate(capability, both)
 
 
