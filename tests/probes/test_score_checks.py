@@ -138,3 +138,11 @@ def test_very_large_and_very_small_scores_change_nothing_and_warn_of_nothing() -
             scores = capability(np.array([1.0, 2, 3, 5]) * scale)
             found = correlate(scores, performance([20, 25, 40, 33])).pairs[0].pearson
             assert found.r == pytest.approx(plain.r) and found.p_exact == plain.p_exact
+
+
+def test_the_report_says_what_an_average_hides() -> None:
+    from probes.report.views.capability_vs_performance import verdicts
+
+    told = dict(verdicts(correlate(paper.capability(), paper.performance())))
+    assert "carrot_on_plate, eggplant_in_basket and stack_cubes tell them" in told["SimplerEnv-Bridge: undetermined"]
+    assert sum("The average hides" in text for text in told.values()) == 1
