@@ -3,7 +3,7 @@
 Trains one tiny family on questions of a few kinds about recorded scenes, then asks the held-out questions of
 tabletop-vqa@1, and the same of the untrained model.
 
-Example: python benchmarks/tabletop_vqa.py --steps 450
+Example: python benchmarks/tabletop_vqa.py --steps 450 --out run.json
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from vlm4vla_core.verbs import record
 from vlm4vla_core.vqa import Question, pictures, questions
 from vlm4vla_core.vqa.benchmark import describe, evaluate, score
 from vlm4vla_core.vqa.embodied import NothingToAsk
-
-HERE = Path(__file__).parent
 
 
 def train(
@@ -84,7 +82,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--number", type=int, default=200, help="held-out questions of each kind")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "tabletop_vqa_tiny.json")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of this run")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds = tuple(args.kinds)

@@ -166,7 +166,8 @@ def test_bad_input_is_one_line(checkpoint: Path, tmp_path: Path, capsys):
     for words, message in [
         ([checkpoint, "--benchmark", "tabletop-vqa@2"], "unknown benchmark 'tabletop-vqa@2'"),
         ([checkpoint, "--benchmark", protocol, "--tasks", "cont"], "no questions of kind 'cont'; did you mean 'count'"),
-        ([checkpoint, "--benchmark", protocol, "--execute", 2], "leave --execute and --data out"),
+        ([checkpoint, "--benchmark", protocol, "--execute", 2], "leave --execute, --data and --video out"),
+        (["--benchmark", protocol], "no model is given"),
         ([checkpoint, "--benchmark", protocol, "--episodes", 0], "--episodes must be at least 1"),
         ([tmp_path / "untied", "--benchmark", protocol, "--out", tmp_path / "o2"], "no output layer"),
         ([tmp_path / "other", "--benchmark", protocol, "--out", out], "answers of another model"),

@@ -243,18 +243,24 @@ def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.D
     return pd.read_parquet(out / "rows.parquet")
 
 
+def _default_out(model: Path) -> Path:
+    """A folder of its own for every checkpoint, beside the run's others."""
+    if not checkpoint.looks_like_one(model):
+        return Path("runs/eval") / model.name / BENCH.protocol
+    folder = checkpoint.resolve(model)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    return run / "eval" / f"{BENCH.protocol}-{folder.name}"
+
+
 def run(args: Args) -> int:
     """`vlm4vla evaluate MODEL --benchmark tabletop-vqa@1`; --tasks are kinds of questions."""
     if args.benchmark != BENCH.protocol:
         raise InputError(f"unknown benchmark '{args.benchmark}'", fix=nearest(args.benchmark, [BENCH.protocol]))
-    if args.execute is not None or args.data is not None:
-        raise InputError(f"{BENCH.protocol} asks questions", fix="leave --execute and --data out")
-    model, out = Path(args.policy), args.out
-    if out is None:
-        from vlm4vla_core.verbs.evaluate import _default_out
-
-        ours = checkpoint.looks_like_one(model)
-        out = _default_out(args) if ours else Path("runs/eval") / model.name / BENCH.protocol
+    if args.execute is not None or args.data is not None or args.video is not None:
+        raise InputError(f"{BENCH.protocol} asks questions", fix="leave --execute, --data and --video out")
+    if not args.policy:
+        raise InputError("no model is given", fix="give a checkpoint or run folder, or a Hugging Face folder or hub id")
+    out = args.out or _default_out(Path(args.policy))
     rows = evaluate(args.policy, out, kinds=args.tasks, episodes=args.episodes)
     kinds = tuple(dict.fromkeys(args.tasks)) or tuple(GENERAL)
     wanted = rows[(rows["number"] < args.episodes) & rows["kind"].isin(kinds)]
