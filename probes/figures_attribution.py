@@ -1,4 +1,4 @@
-"""Figures of attributions: a contact sheet over an episode, faithfulness curves, the randomised-weights check.
+"""Figures of attributions and of features: contact sheets over an episode, faithfulness curves, the weights check.
 
 Scores are drawn over the grey frame in orange (raised the target) and purple (lowered it), apart for all colour
 vision. Trap: one scale for the whole sheet, or a frame where nothing matters looks like one where much does.
@@ -50,23 +50,75 @@ def contact_sheet(
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
 
-    across, reach = min(ACROSS, len(frames)), reach_of(maps)
-    lines = -(-len(frames) // across)
-    fig, axes = new_figure(2 * lines, across, width=TWO_COLUMN, height=lines * 2 * TWO_COLUMN / ACROSS + 1.0)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for place, (frame, scores, caption) in enumerate(zip(frames, maps, captions, strict=True)):
+    reach = reach_of(maps)
+    below = [overlay(frame, scores, reach) for frame, scores in zip(frames, maps, strict=True)]
+    fig = pair_sheet(frames, below, captions, title=title)
+    bar = fig.colorbar(
+        ScalarMappable(Normalize(-reach, reach), CMAP), ax=fig.axes, orientation="horizontal", shrink=0.5, aspect=40,
+        pad=0.02, ticks=MaxNLocator(5),
+    )  # fmt: skip
+    bar.set_label(f"score of a place ({unit}); orange raised it, purple lowered it")
+    bar.outline.set_visible(False)
+    return fig
+
+
+@figure_style()
+def pair_sheet(
+    frames: np.ndarray, below: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], *, title: str
+) -> Figure:
+    """Frames (n, H, W, 3), each above a second picture of any size, four side by side."""
+    across = min(ACROSS, len(frames))
+    fig, axes = _sheet(2 * -(-len(frames) // across), across, title)
+    for place, (frame, second, caption) in enumerate(zip(frames, below, captions, strict=True)):
         row, column = divmod(place, across)
         axes[2 * row, column].imshow(frame)
         axes[2 * row, column].set_title(caption, fontsize=SMALL, fontweight="normal")
-        axes[2 * row + 1, column].imshow(overlay(frame, scores, reach), interpolation="nearest")
-    scale = ScalarMappable(Normalize(-reach, reach), CMAP)
-    bar = fig.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.5, aspect=40, pad=0.02)
-    bar.set_label(f"score of a place ({unit}); orange raised it, purple lowered it")
-    bar.locator = MaxNLocator(5)
-    bar.outline.set_visible(False)
-    fig.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+        axes[2 * row + 1, column].imshow(second, interpolation="nearest")
     return fig
+
+
+@figure_style()
+def neighbour_sheet(
+    frames: np.ndarray, near: np.ndarray, captions: Sequence[str], near_captions: Sequence[str], *, title: str
+) -> Figure:
+    """Each frame (q, H, W, 3) at the left of its neighbours (q, k, H, W, 3), the most alike first."""
+    fig, axes = _sheet(len(frames), 1 + near.shape[1], title)
+    labels = iter(near_captions)
+    for line, frame, row, caption in zip(axes, frames, near, captions, strict=True):
+        for axis, picture in zip(line, [frame, *row], strict=True):
+            axis.imshow(picture)
+            first = axis is line[0]
+            axis.set_title(caption if first else next(labels), fontsize=SMALL, fontweight="bold" if first else "normal")
+    return fig
+
+
+@figure_style()
+def points_sheet(
+    frames: np.ndarray, true: np.ndarray, told: np.ndarray, captions: Sequence[str], *, title: str
+) -> Figure:
+    """Frames (n, H, W, 3) with two points each, (n, 2) in [0, 1] right and down, joined by a line."""
+    across, size = min(ACROSS, len(frames)), np.array(frames.shape[2:0:-1])
+    fig, axes = _sheet(-(-len(frames) // across), across, title)
+    for axis, frame, a, b, caption in zip(
+        axes.flat, frames, true * size - 0.5, told * size - 0.5, captions, strict=False
+    ):
+        axis.imshow(frame)
+        axis.plot(*np.stack([a, b], axis=1), color="white", linewidth=1)
+        axis.plot(*a, "o", color=PALETTE[5], markeredgecolor="white", label="recorded")
+        axis.plot(*b, "X", color=PALETTE[1], markeredgecolor="white", label="read out of the features")
+        axis.set(xlim=(-0.5, size[0] - 0.5), ylim=(size[1] - 0.5, -0.5))
+        axis.set_title(caption, fontsize=SMALL, fontweight="normal")
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+def _sheet(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    cell = TWO_COLUMN / max(columns, ACROSS)
+    fig, axes = new_figure(rows, columns, width=TWO_COLUMN, height=rows * (cell + 0.08) + 0.9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    fig.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+    return fig, axes
 
 
 @figure_style()

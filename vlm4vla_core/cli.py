@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "probe": ("probes.verbs.probe", "fit a linear readout on features, beside its baselines"),
     "similarity": ("probes.verbs.similarity", "compare two sets of features by centred kernel alignment"),
     "attribute": ("probes.verbs.attribute", "show which parts of the frames move one number of a policy's answer"),
+    "pictures": ("probes.verbs.pictures", "PCA maps, nearest neighbours and readouts of vision features, as pictures"),
     "diverge": ("probes.verbs.diverge", "measure how VLM training and VLA training part, in weights and gradients"),
     "power": ("probes.verbs.power", "what so many models and episodes can show, before they are paid for"),
     "compare": ("probes.verbs.compare", "compare policies on the same initial states, two or many"),

@@ -77,7 +77,7 @@ def run(args: Args) -> int:
         raise InputError(f"--batch-size {args.batch_size}, --orders {args.orders}", fix="use 1, or 0, or more")
     folder = checkpoint.resolve(args.checkpoint)
     store = EpisodeStore.open(args.data)
-    steps = _steps(store, args.episode, args.steps)
+    steps = known_steps(store, args.episode, args.steps)
     config = {
         "episode": args.episode, "steps": steps, "target": args.target, "chunk_step": args.chunk_step,
         "method": args.method, "camera": args.camera, "orders": args.orders, "sanity": args.sanity, "seed": args.seed,
@@ -93,7 +93,8 @@ def run(args: Args) -> int:
     return 0
 
 
-def _steps(store: EpisodeStore, episode: int, wanted: tuple[int, ...]) -> list[int]:
+def known_steps(store: EpisodeStore, episode: int, wanted: tuple[int, ...]) -> list[int]:
+    """The steps to look at. Raises InputError for an episode or step that the store does not have."""
     import numpy as np
 
     count = len(store.lengths)
