@@ -226,7 +226,7 @@ def reload(
         fill(backbone, folder, "backbone.")
         merge_lora(backbone)
         return backbone
-    plain = {key: value for key, value in changed["lineage"].items() if key not in ("lora", "merged_lora")}
+    plain = {key: value for key, value in changed["lineage"].items() if key not in ("lora", "merged_lora", "domains")}
     changed["lineage"] = {**plain, "init": "scratch", "init_seed": seed, "stages": []}
     return _build(folder, {**description, "backbone": changed}, seed)
 

@@ -286,13 +286,13 @@ def test_the_lamp_shows_the_switch_and_the_hand_can_be_left_out() -> None:
 
 
 def test_a_degraded_picture_depends_on_seed_and_step_only() -> None:
-    from vlm4vla_core.sims.tabletop.env import pictures
+    from vlm4vla_core.sims.tabletop.env import shoot
 
     state = scenes()
-    clean = pictures(state, list(DOMAINS), 48, [1, 2, 3, 4], [0, 1, 2, 3], "front")
+    clean = shoot(state, list(DOMAINS), 48, [1, 2, 3, 4], [0, 1, 2, 3], "front").rgb
     np.testing.assert_array_equal(clean, render.render(state, list(DOMAINS), 48).rgb)
-    worse = pictures(state[[0, 0, 0, 1]], list("RRRS"), 48, [7, 7, 8, 7], [0, 1, 0, 0], "front")
-    again = pictures(state[[0]], ["R"], 48, [7], [1], "front")
+    worse = shoot(state[[0, 0, 0, 1]], list("RRRS"), 48, [7, 7, 8, 7], [0, 1, 0, 0], "front").rgb
+    again = shoot(state[[0]], ["R"], 48, [7], [1], "front").rgb
     np.testing.assert_array_equal(again[0], worse[1])
     original = render.render(state[[0]], ["R"], 48).rgb[0].astype(float)
     assert np.abs(worse[0] - original).mean() > 4

@@ -178,7 +178,7 @@ PROTOCOLS: dict[str, Benchmark] = {
 def benchmark(protocol: str) -> Benchmark:
     """The protocol of this name with version, such as "tabletop-abc-d@1". Raises InputError naming the known ones."""
     if protocol not in PROTOCOLS:
-        raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, PROTOCOLS))
+        raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, (*PROTOCOLS, "tabletop-vqa@1")))
     return PROTOCOLS[protocol]
 
 
@@ -193,7 +193,7 @@ def coverage(protocol: str, tasks: Iterable[str]) -> str:
     if known is None:
         return f"tasks {', '.join(ran)}"
     return (
-        f"all {len(known)} tasks"
+        ("all of it" if len(known) == 1 else f"all {len(known)} tasks")
         if set(ran) == set(known)
         else f"{len(ran)} of its {len(known)} tasks: {', '.join(ran)}"
     )

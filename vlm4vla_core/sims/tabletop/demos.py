@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,10 @@ from vlm4vla_core.episodes.writer import Episode
 from vlm4vla_core.sims.benchmarks import recording_seed
 from vlm4vla_core.sims.tabletop import scenes, world
 from vlm4vla_core.sims.tabletop import tasks as families
-from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, pictures, step_limit
+from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, shoot, step_limit
+
+if TYPE_CHECKING:
+    from vlm4vla_core.sims.tabletop.render import Picture
 
 STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 _OBJECTS = [f"object{slot}" for slot in range(world.SLOTS)]
@@ -125,14 +128,15 @@ def demonstrations(
 def _stills(plans: Sequence[Plan], size: int, geometry: bool) -> Iterator[Episode]:
     """One frame of each planned scene, by the front camera, without the hand."""
     state, domains = world.stack([scenes.scene(item.seed) for item in plans]), [item.domain for item in plans]
-    rgb = pictures(state, domains, size, [item.seed for item in plans], [0] * len(plans), "front", hand=False)
-    depth, segmentation = _geometry(state, domains, size, ("front",), hand=False) if geometry else ({}, {})
+    seeds, still = [item.seed for item in plans], [0] * len(plans)
+    shown = {"front": shoot(state, domains, size, seeds, still, "front", hand=False, geometry=geometry)}
+    depth, segmentation = _geometry(shown) if geometry else ({}, {})
     columns, proprioception = _truth(state), world.proprioception(state)
     for i, item in enumerate(plans):
         part = slice(i, i + 1)
         yield Episode(
             instruction="look at the table",
-            images={"front": rgb[part]},
+            images={"front": shown["front"].rgb[part]},
             state=proprioception[part],
             action=np.zeros((1, 7), np.float32),
             columns={name: values[part] for name, values in columns.items()},
@@ -180,8 +184,8 @@ def _together(
     domains = [item.domain for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
     seeds = [item.seed for item, length in zip(plans, lengths, strict=True) for _ in range(length)]
     moments = [t for length in lengths for t in range(length)]
-    shown = {camera: pictures(every, domains, size, seeds, moments, camera) for camera in cameras}  # (F, size, size, 3)
-    depth, segmentation = _geometry(every, domains, size, cameras) if geometry else ({}, {})
+    shown = {name: shoot(every, domains, size, seeds, moments, name, geometry=geometry) for name in cameras}
+    depth, segmentation = _geometry(shown) if geometry else ({}, {})
     columns, proprioception = _truth(every), world.proprioception(every)
     start = 0
     for i, item in enumerate(plans):
@@ -191,7 +195,7 @@ def _together(
             here = every[[start + begin]]
             yield Episode(
                 instruction=words,
-                images={camera: rgb[part] for camera, rgb in shown.items()},
+                images={camera: picture.rgb[part] for camera, picture in shown.items()},
                 state=proprioception[part],
                 action=actions[part],
                 columns={name: values[part] for name, values in columns.items()},
@@ -219,15 +223,10 @@ def _ask(env: BatchedEnv, row: int) -> families.Ask:
     return families.Ask(families.TASKS[goal.family[row]], int(goal.slot[row]), int(goal.other[row]))
 
 
-def _geometry(
-    state: world.State, domains: Sequence[str], size: int, cameras: Sequence[str], *, hand: bool = True
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _geometry(shown: dict[str, Picture]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Depth (F, size, size) uint16 in mm, and segmentation uint8, per camera."""
-    from vlm4vla_core.sims.tabletop.render import render
-
     depth, segmentation = {}, {}
-    for camera in cameras:
-        picture = render(state, domains, size, camera=camera, geometry=True, hand=hand)
+    for camera, picture in shown.items():
         assert picture.depth is not None and picture.segmentation is not None
         depth[camera] = np.clip(np.rint(picture.depth * 1000), 0, 65535).astype(np.uint16)
         segmentation[camera] = picture.segmentation

@@ -10,7 +10,7 @@ which worlds the words have just changed: whoever plays out a chunk of actions h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from vlm4vla_core.sims.tabletop.expert import expert
 from vlm4vla_core.sims.tabletop.looks import LOOKS
 from vlm4vla_core.sims.tabletop.sensor import degrade
 from vlm4vla_core.sims.tabletop.tasks import FAMILIES, Ask, Goal, goals, success
+
+if TYPE_CHECKING:
+    from vlm4vla_core.sims.tabletop.render import Picture
 
 CHAIN_TASK = "chain"
 
@@ -74,7 +77,7 @@ class BatchedEnv:
         """Pictures (len(rows), H, W, 3) uint8 by one camera; all worlds when `rows` is None."""
         chosen = np.arange(self.n) if rows is None else np.asarray(rows)
         domains, seeds = [self.domains[row] for row in chosen], [self.seeds[row] for row in chosen]
-        return pictures(self.state[chosen], domains, self.image_size, seeds, self.steps[chosen].tolist(), camera)
+        return shoot(self.state[chosen], domains, self.image_size, seeds, self.steps[chosen].tolist(), camera).rgb
 
     def step(self, actions: np.ndarray) -> None:
         """Carry out one action (n, A) per world. Raises InputError on a wrong shape, NaN or infinity."""
@@ -124,7 +127,7 @@ class BatchedEnv:
         return expert(self.state, self.goals)
 
 
-def pictures(
+def shoot(
     state: world.State,
     domains: Sequence[str],
     size: int,
@@ -133,12 +136,13 @@ def pictures(
     camera: str,
     *,
     hand: bool = True,
-) -> np.ndarray:
-    """Rendered pictures (n, H, W, 3) uint8, through the sensor of each world's look, where it has one."""
+    geometry: bool = False,
+) -> Picture:
+    """What n worlds look like (see `render.render`), through the sensor of each world's look, where it has one."""
     from vlm4vla_core.sims.tabletop.render import render
 
-    rgb = render(state, domains, size, camera=camera, hand=hand).rgb
+    picture = render(state, domains, size, camera=camera, hand=hand, geometry=geometry)
     for i, name in enumerate(domains):
         if (sensor := LOOKS[name].sensor) is not None:
-            rgb[i] = degrade(rgb[i], sensor, seeds[i], int(steps[i]))
-    return rgb
+            picture.rgb[i] = degrade(picture.rgb[i], sensor, seeds[i], int(steps[i]))
+    return picture
