@@ -1,4 +1,4 @@
-"""Every family through the probes, and the whole way from `train` to `features`: nothing is made for one family alone."""
+"""Every family through the probes, and the whole way from `train` to `features`: nothing is made for one alone."""
 
 from __future__ import annotations
 
