@@ -207,6 +207,23 @@ def test_token_methods_run_the_vision_blocks_once() -> None:
     assert len(calls) == 1 and "forward" not in block.__dict__
 
 
+@pytest.mark.parametrize(("name", "method"), [("qwen2_5_vl", "ig-pixels"), ("qwen3_vl", "ig"), ("paligemma", "ig")])
+def test_scores_do_not_depend_on_how_steps_are_batched(name: str, method: str) -> None:
+    """Qwen's patches lie flat, without a batch axis: cut wrongly, a chunk of steps would be one large picture."""
+    one, many = (explain(lens(name), method, batch_size=size, max_steps=32, strict=False) for size in (1, 7))
+    np.testing.assert_allclose(one.cells, many.cells, atol=1e-6 + 1e-3 * np.abs(one.cells).max())
+
+
+def test_captums_own_grad_cam_has_no_score_per_token() -> None:
+    """Why there is no such method: on (B, N, C) it averages over tokens and returns one score per channel."""
+    from captum.attr import LayerGradCam
+
+    look = lens("paligemma")
+    pixels = look.pixels.clone().requires_grad_()
+    layer = look.policy.backbone.base.get_submodule(look.spec.projector[0])
+    assert LayerGradCam(look.from_pixels, layer).attribute(pixels).shape == (1, 1, look.tokens.shape[2])
+
+
 def test_zero_baselines_are_not_what_is_used() -> None:
     """The trap itself: from zero pixels the scores of a bias-free patch embedding miss the difference."""
     from captum.attr import IntegratedGradients
