@@ -20,20 +20,36 @@ if TYPE_CHECKING:
 
     from vlm4vla_core.backbone import Backbone
     from vlm4vla_core.fast import FastTokenizer
+    from vlm4vla_core.vqa import Question
 
 FAST_FILE = "fast.json"
 _TOKENS_QUESTION = 'The task is "{}". Which action tokens carry it out?'  # as `vqa.embodied` asks
 
 
 def language_objective(config: TrainConfig, data: Data, backbone: Backbone) -> Objective:
-    """The VLM objective: next-token loss on answers to questions about the scene."""
+    """The VLM objective: next-token loss on answers to questions about the scene.
+
+    A row that allows none of the kinds asked for (an end of an episode has no next action) is asked any question; one
+    about two moments shows them side by side.
+    """
     from vlm4vla_core.vqa import questions
+    from vlm4vla_core.vqa.embodied import NothingToAsk, beside
+
+    def ask(which: int, row: int, rng: np.random.Generator) -> Question:
+        store, camera = data.stores[which], data.cameras[which]
+        try:
+            return questions(store, row, rng, kinds=config.questions, camera=camera)
+        except NothingToAsk:
+            return questions(store, row, rng, camera=camera)
 
     def make(images: np.ndarray, draw: Draw, rng: np.random.Generator, part: slice) -> dict[str, torch.Tensor]:
-        asked = [
-            questions(data.stores[which], int(row), rng, kinds=config.questions, camera=data.cameras[which])
-            for which, row in zip(draw.which, draw.rows, strict=True)
-        ][part]
+        asked = [ask(int(which), int(row), rng) for which, row in zip(draw.which, draw.rows, strict=True)][part]
+        if any(question.earlier >= 0 for question in asked):
+            images = images.copy()
+        for i, (which, question) in enumerate(zip(draw.which[part], asked, strict=True)):
+            if question.earlier >= 0:
+                before = data.stores[which].images(data.cameras[which], [question.earlier], images.shape[1])
+                images[i] = beside(before[0], images[i])
         return backbone.collate_answers(images, [q.question for q in asked], [q.answer for q in asked])
 
     return _text_objective(backbone, make)

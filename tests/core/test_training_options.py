@@ -191,6 +191,42 @@ def test_a_corrupt_sample_stops_and_is_named_or_is_skipped_and_counted(tmp_path:
 # --- FAST -----------------------------------------------------------------------------------------------
 
 
+def test_questions_about_two_moments_show_both_and_rows_without_one_get_another(tmp_path: Path):
+    from vlm4vla_core.text_objectives import language_objective
+    from vlm4vla_core.training_data import Draw
+    from vlm4vla_core.vqa.embodied import beside
+
+    words = ["record", "tabletop", "--episodes", "6", "--tasks", "pick", "--size", "56"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    settings = config(objective="language", questions=("moved",), image_size=56, val_fraction=0)
+    stores = Data(settings, [tmp_path])
+    store, backbone = stores.stores[0], tiny(image_size=56)
+    seen: list[np.ndarray] = []
+    collate = backbone.collate_answers
+    backbone.collate_answers = lambda images, *rest: seen.append(images) or collate(images, *rest)  # type: ignore
+    rows = np.array([store.starts[0], store.starts[0] + store.lengths[0] - 1])  # the first moment has no earlier one
+    pictures = store.images("front", rows, 56)
+    kept = pictures.copy()
+    objective = language_objective(settings, stores, backbone)
+    objective.make(pictures, Draw(np.zeros(2, int), rows), np.random.default_rng(0), slice(0, 2))
+    np.testing.assert_array_equal(seen[0][0], kept[0])
+    earlier = [beside(before, kept[1]) for before in store.images("front", np.arange(rows[0], rows[1]), 56)]
+    assert any((seen[0][1] == one).all() for one in earlier)
+    np.testing.assert_array_equal(pictures, kept)
+
+
+def test_a_policy_that_saw_the_test_look_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["record", "tabletop", "--episodes", "6", "--tasks", "touch", "--size", "56", "--domains", "A", "D"]
+    assert main([*words, "--out", str(tmp_path / "demos")]) == 0
+    run = ["train", "tiny", "--data", str(tmp_path / "demos"), "--out", str(tmp_path / "run")]
+    assert main([*run, "--max-steps", "1", "--batch-size", "2", "--image-size", "56"]) == 0
+    capsys.readouterr()
+    for protocol, code in (("tabletop-tasks@1", 2), ("tabletop-tasks-abc@1", 0)):
+        asked = ["evaluate", str(tmp_path / "run"), "--benchmark", protocol, "--tasks", "touch", "--episodes", "1"]
+        assert main(asked) == code
+    assert "look" in capsys.readouterr().err
+
+
 def test_fast_learns_to_write_chunks_and_keeps_its_tokenizer(data: Path, tmp_path: Path):
     settings = config(objective="fast", max_steps=120, batch_size=8, lr=3e-3, fast_vocab=128)
     last = train(settings, data, tmp_path / "run")
