@@ -114,10 +114,12 @@ def _compute(
 
     from probes.attribution import target_of
     from probes.verbs.shared import few_threads, use_device
+    from vlm4vla_core.lora import merge_lora
     from vlm4vla_core.policy import VLAPolicy
     from vlm4vla_core.progress import progress
 
     policy = VLAPolicy.load(folder, use_device(args.device), torch.float32)
+    merge_lora(policy.backbone)  # so that its weights have the names of those drawn anew
     few_threads(policy)
     camera = args.camera or policy.config.camera
     if camera not in store.cameras:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,14 +21,18 @@ from probes.attribution import (
     explain,
     faithfulness,
     hide,
+    randomised,
     rank_correlation,
+    sanity_frame,
     target_of,
 )
 from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.backbone import tiny
 from vlm4vla_core.cli import main
+from vlm4vla_core.episodes.store import EpisodeStore
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.families import families
+from vlm4vla_core.lora import add_lora
 from vlm4vla_core.policy import PolicyConfig, VLAPolicy
 
 CONFIG = PolicyConfig(3, TABLETOP, (-0.05,) * 6 + (0.0,), (0.05,) * 6 + (1.0,), "front", width=16)
@@ -313,6 +318,39 @@ def test_what_was_finished_before_a_kill_is_not_made_again(room: Path, monkeypat
     assert main(other) == 0
     tables = [pd.read_parquet(room / name / "pictures.parquet") for name in ("cut", "uncut")]
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_adapters_and_a_flow_head_are_attributed_too(room: Path) -> None:
+    backbone = tiny("internvl", image_size=SIZE)
+    add_lora(backbone, ["decoder"], rank=2)
+    with torch.no_grad():
+        for name, value in backbone.named_parameters():
+            if "lora" in name:
+                value.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    policy = VLAPolicy(backbone, replace(CONFIG, head="flow"))
+    policy.save(room / "flow")
+    assert main(words(room, "flow", "--method", "ablation", "--steps", 1, "--out", room / "f", "--orders", 0)) == 0
+    store = EpisodeStore.open(room / "store")
+    image = store.images("front", [store.starts[1] + 1], SIZE)
+    wanted = policy.predict(image, [store.instructions[1]]).actions[0, 0, 0] / CONFIG.unit()[0]
+    assert pd.read_parquet(room / "f" / "pictures.parquet")["value"][0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_weights_are_drawn_anew_from_the_answer_to_the_picture() -> None:
+    policy, fresh = (VLAPolicy(tiny("qwen3_vl", image_size=SIZE, seed=seed), CONFIG, seed=seed) for seed in (0, 1))
+    start = {name: value.clone() for name, value in policy.named_parameters()}
+    new, moved = dict(fresh.named_parameters()), []
+    for _, changed in randomised(policy, fresh):
+        parts = {name: value for name, value in changed.named_parameters() if not torch.equal(value, start[name])}
+        assert all(torch.equal(value, new[name]) for name, value in parts.items())
+        moved.append({".".join(name.split(".")[:4]) if "visual" in name else name.split(".")[0] for name in parts})
+    assert moved[0] == {"head"} and moved[1] == {"head", "backbone"}
+    assert moved[2] - moved[1] == {"backbone.base.visual.merger", "backbone.base.visual.deepstack_merger_list"}
+    assert moved[3] - moved[2] >= {"backbone.base.visual.blocks", "backbone.base.visual.patch_embed"}
+    same = [Attribution("ig", np.arange(16.0).reshape(4, 4) ** 2 - 40, None, 1.0, 0.0)] * 2
+    frame = sanity_frame(same, {"head": same})
+    assert frame["signed"][0] == frame["absolute"][0] == pytest.approx(1)
+    assert (frame["pictures"][0], frame["places"][0]) == (2, 16)
 
 
 def test_kosmos_is_looked_at_on_its_pixels_and_says_so(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
