@@ -65,7 +65,7 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ask:
     """Pictures (B, H, W, 3) with instructions, and where their actions (B, chunk, A) go."""
 
@@ -220,17 +220,18 @@ class PolicyServer:
         return await ask.answer
 
     async def _predict(self) -> None:
-        """Take what waits, as far as it fits together; one thread does nothing but predict."""
-        loop, waiting = asyncio.get_running_loop(), None
+        """Take the first that waits and all that fit with it; one thread does nothing but predict."""
+        loop, waiting = asyncio.get_running_loop(), list[_Ask]()
         with ThreadPoolExecutor(1, "predict") as thread:
             while True:
-                batch, waiting = [waiting or await self._asked.get()], None
+                waiting = waiting or [await self._asked.get()]
                 while not self._asked.empty():
-                    ask = self._asked.get_nowait()
-                    if not ask.joins(batch, self.limits.max_batch):
-                        waiting = ask
-                        break
-                    batch.append(ask)
+                    waiting.append(self._asked.get_nowait())
+                batch, waiting = waiting[:1], waiting[1:]
+                for ask in waiting:
+                    if ask.joins(batch, self.limits.max_batch):
+                        batch.append(ask)
+                waiting = [ask for ask in waiting if ask not in batch]
                 answers = await loop.run_in_executor(thread, self._actions, batch)
                 for ask, answer in zip(batch, answers, strict=True):
                     if ask.answer.cancelled():  # its client has gone
@@ -250,6 +251,8 @@ class PolicyServer:
                 np.asarray(self.policy.predict(images[i : i + most], texts[i : i + most]).actions, np.float32)
                 for i in range(0, len(images), most)
             ]
+            ends = np.cumsum([len(ask.images) for ask in batch])[:-1]
+            return list(np.split(np.concatenate(parts), ends))
         except Exception as error:  # whatever it is, the server lives on
             if len(batch) > 1:
                 return [self._actions([ask])[0] for ask in batch]
@@ -257,8 +260,6 @@ class PolicyServer:
                 return [ValueError(str(error))]
             _LOG.exception("prediction failed")
             return [ValueError(f"the policy failed ({type(error).__name__})")]
-        ends = np.cumsum([len(ask.images) for ask in batch])[:-1]
-        return list(np.split(np.concatenate(parts), ends))
 
 
 def _json(connection: ServerConnection, status: http.HTTPStatus, value: dict[str, str]) -> Response:

@@ -294,7 +294,7 @@ def test_requests_that_wait_are_predicted_together_and_answered_apart() -> None:
 
 @pytest.mark.slow
 def test_thirty_two_clients() -> None:
-    slow = ByHand(wait=0.002)
+    slow = ByHand(wait=0.02)
     with serving(slow) as server:
         storm(server.address, 32, 40)
     assert sum(slow.batches) == 32 * 60 and max(slow.batches) > 8
