@@ -39,7 +39,7 @@ def _from_array(value: Any) -> msgpack.ExtType:
     if not isinstance(value, np.ndarray):
         raise TypeError(f"cannot send a {type(value).__name__}")
     little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
-    return msgpack.ExtType(ARRAY, msgpack.packb([little.dtype.str, value.shape, little.tobytes()]))
+    return msgpack.ExtType(ARRAY, msgpack.packb([little.dtype.str, value.shape, little.data]))
 
 
 def unpack(data: str | bytes) -> dict[str, Any]:
