@@ -10,6 +10,7 @@ Run: OMP_NUM_THREADS=1 python benchmarks/training.py
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -104,8 +105,8 @@ def main() -> None:
         "waiting_goal": 0.05,
         "rounds": rounds,
         "command": "OMP_NUM_THREADS=1 python benchmarks/training.py",
-        "note": "the processor time of the loop holds decoding and tokenising on another thread; other jobs shared "
-        "the machine",
+        "note": "the processor time of the loop holds decoding and tokenising on another thread; load of the machine "
+        f"over the last minute: {os.getloadavg()[0]:.1f}",
         "made_by": folders.provenance(),
     }
     for name, value in result.items():
