@@ -189,7 +189,7 @@ def extract(
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             seen = backbone.vision_features(store.images(camera, part, backbone.image_size))
-            piece = {name: _pooled(seen[name], pool) for name in names}  # (B, d) or (B, N, d)
+            piece = {name: pooled(seen[name], pool) for name in names}  # (B, d) or (B, N, d)
             for name, value in piece.items():
                 if not np.isfinite(value).all():
                     where = f"row {part[0]} and following"
@@ -214,7 +214,7 @@ def extract(
     return Features.open(out)
 
 
-def _pooled(tokens: Tensor, pool: str) -> np.ndarray:
+def pooled(tokens: Tensor, pool: str) -> np.ndarray:
     """Tokens (B, N, d) in raster order -> (B, d), the means of 4 x 4 cells side by side (B, 16 d), or all of them."""
     import torch
 

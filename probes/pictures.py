@@ -36,7 +36,7 @@ def patch_tokens(
     """
     import torch
 
-    from probes.features import _pooled, resolve_layers
+    from probes.features import pooled, resolve_layers
 
     blocks: Any = backbone.base.get_submodule(backbone.spec.blocks)
     name = resolve_layers([layer], [*(f"vision.{place}" for place in range(len(blocks))), "projector"])[0]
@@ -47,7 +47,7 @@ def patch_tokens(
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            parts.append(_pooled(backbone.vision_features(part)[name], pool))
+            parts.append(pooled(backbone.vision_features(part)[name], pool))
             if progress:
                 progress(len(part))
     return np.concatenate(parts)

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from vlm4vla_core import checkpoint, folders
-from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core import folders
+from vlm4vla_core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Args:
 
 
 def run(args: Args) -> int:
-    from probes.verbs.shared import check_seed
+    from probes.verbs.shared import check_seed, choose_camera, model_facts
     from vlm4vla_core.episodes.store import EpisodeStore
 
     check_seed(args.seed)
     if args.batch_size < 1:
         raise InputError(f"a batch of {args.batch_size} images", fix="use --batch-size 1 or more")
-    folder, facts = _model(args.checkpoint)
+    folder, facts = model_facts(args.checkpoint)
     store = EpisodeStore.open(args.data)
-    camera = _camera(args.camera, facts["camera"], store)
+    camera = choose_camera(args.camera, facts["camera"], store)
     preprocessing = {"size": facts["image_size"], "resize": "bicubic to a square", "normalise": facts["family"]}
     config = {
         "layers": list(args.layers), "pool": args.pool, "camera": camera, "preprocessing": preprocessing,
@@ -86,30 +86,6 @@ def run(args: Args) -> int:
     _print(args.out)
     _json(args)
     return 0
-
-
-def _model(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's folder, and its family, image size and camera, from config.json alone (no torch)."""
-    from vlm4vla_core.families import family_of_config
-
-    if checkpoint.looks_like_one(path) or not (path / checkpoint.CONFIG).is_file():
-        folder = checkpoint.resolve(path)
-        config = folders.read_json(folder / checkpoint.CONFIG)
-        if not isinstance(config, dict) or "backbone" not in config:
-            raise InputError("config.json does not describe a model of this project", where=folder)
-        described = config["backbone"]
-        camera = (config.get("policy") or {}).get("camera")
-        return folder, {"family": described["family"], "image_size": described["image_size"], "camera": camera}
-    published = folders.read_json(path / checkpoint.CONFIG)
-    spec = family_of_config(published if isinstance(published, dict) else {}, path)
-    return path, {"family": spec.name, "image_size": spec.image_size, "camera": None}
-
-
-def _camera(wanted: str | None, trained_on: str | None, store: Any) -> str:
-    if wanted is not None and wanted not in store.cameras:
-        fix = nearest(wanted, store.cameras)
-        raise InputError(f"no camera '{wanted}' in the store", where=store.path, fix=fix)
-    return str(wanted or (trained_on if trained_on in store.cameras else store.cameras[0]))
 
 
 def _print(out: Path) -> None:

@@ -61,17 +61,16 @@ class Args:
 
 def run(args: Args) -> int:
     from probes.verbs.attribute import known_steps
-    from probes.verbs.features import _camera, _model
-    from probes.verbs.shared import check_seed
+    from probes.verbs.shared import check_seed, choose_camera, model_facts
     from probes.weights import weights_fingerprint
     from vlm4vla_core.episodes.store import EpisodeStore
 
     check_seed(args.seed)
     if args.number < 1 or args.max_frames < 2:
         raise InputError(f"--number {args.number}, --max-frames {args.max_frames}", fix="use 1 and 2, or more")
-    folder, facts = _model(args.checkpoint)
+    folder, facts = model_facts(args.checkpoint)
     store = EpisodeStore.open(args.data)
-    camera = _camera(args.camera, facts["camera"], store)
+    camera = choose_camera(args.camera, facts["camera"], store)
     steps = known_steps(store, args.episode, args.steps)
     config = {
         "show": args.show, "episode": args.episode, "steps": steps, "layer": args.layer, "camera": camera,

@@ -1,4 +1,4 @@
-"""What the probing verbs share: a JSON result that knows whether it is up to date, checks, short names, the device."""
+"""What the probing verbs share: a JSON result that knows whether it is up to date, checks, names, model and camera."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.jsonable import jsonable
-from vlm4vla_core import folders
-from vlm4vla_core.errors import InputError
+from vlm4vla_core import checkpoint, folders
+from vlm4vla_core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,3 +75,28 @@ def few_threads(model: nn.Module) -> None:
 
     if sum(parameter.numel() for parameter in model.parameters()) < 5_000_000:
         torch.set_num_threads(1)
+
+
+def model_facts(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's folder, and its family, image size and camera, from config.json alone (no torch)."""
+    from vlm4vla_core.families import family_of_config
+
+    if checkpoint.looks_like_one(path) or not (path / checkpoint.CONFIG).is_file():
+        folder = checkpoint.resolve(path)
+        config = folders.read_json(folder / checkpoint.CONFIG)
+        if not isinstance(config, dict) or "backbone" not in config:
+            raise InputError("config.json does not describe a model of this project", where=folder)
+        described = config["backbone"]
+        camera = (config.get("policy") or {}).get("camera")
+        return folder, {"family": described["family"], "image_size": described["image_size"], "camera": camera}
+    published = folders.read_json(path / checkpoint.CONFIG)
+    spec = family_of_config(published if isinstance(published, dict) else {}, path)
+    return path, {"family": spec.name, "image_size": spec.image_size, "camera": None}
+
+
+def choose_camera(wanted: str | None, trained_on: str | None, store: Any) -> str:
+    """The camera asked for, else the one trained on, else the store's first. Raises InputError on an unknown one."""
+    if wanted is not None and wanted not in store.cameras:
+        fix = nearest(wanted, store.cameras)
+        raise InputError(f"no camera '{wanted}' in the store", where=store.path, fix=fix)
+    return str(wanted or (trained_on if trained_on in store.cameras else store.cameras[0]))

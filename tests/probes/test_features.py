@@ -11,7 +11,7 @@ import torch
 from blob_store import SIZE, STATE, blob_store
 
 from probes import features as module
-from probes.features import Features, _pooled, choose_rows, extract, resolve_layers
+from probes.features import Features, choose_rows, extract, pooled, resolve_layers
 from vlm4vla_core.backbone import Backbone, tiny
 from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import EpisodeStore
@@ -80,15 +80,15 @@ def test_rows_are_drawn_without_replacement_and_ascend() -> None:
 
 def test_pooling_against_loops() -> None:
     tokens = torch.randn(2, 64, 3)  # an 8 x 8 grid
-    np.testing.assert_allclose(_pooled(tokens, "mean"), tokens.numpy().mean(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pooled(tokens, "mean"), tokens.numpy().mean(1), rtol=1e-5, atol=1e-6)
     square, wanted = tokens.numpy().reshape(2, 8, 8, 3), []
     for row in range(4):
         for column in range(4):
             wanted.append(square[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((1, 2)))
-    np.testing.assert_allclose(_pooled(tokens, "grid"), np.concatenate(wanted, axis=1), rtol=1e-5, atol=1e-6)
-    assert np.array_equal(_pooled(tokens[:, :4], "grid"), tokens[:, :4].reshape(2, 12).numpy())  # fewer than 4 a side
+    np.testing.assert_allclose(pooled(tokens, "grid"), np.concatenate(wanted, axis=1), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(pooled(tokens[:, :4], "grid"), tokens[:, :4].reshape(2, 12).numpy())  # fewer than 4 a side
     with pytest.raises(InputError, match="form no square grid"):
-        _pooled(tokens[:, : 65 - 2], "grid")
+        pooled(tokens[:, : 65 - 2], "grid")
 
 
 # --- extraction -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.families.spec import (
+    SIGLIP,
     FamilySpec,
     Geometry,
     Prompt,
@@ -76,17 +77,8 @@ def _spec(name: str, **changes: Any) -> FamilySpec:
         name=name,
         extra_inputs=("token_type_ids",),
         embed_scale="inside",
-        published=(
-            (r"^model\.", ""),
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^language_model\.model\.", "language_model."),
-            (r"^vision_tower\.vision_model\.", "vision_tower."),
-        ),
-        vision_tower="vision_tower",
-        patch_embed=("vision_tower.embeddings",),
-        blocks="vision_tower.encoder.layers",
-        vision_norm=("vision_tower.post_layernorm",),
         projector=("multi_modal_projector",),
+        **SIGLIP,
         **changes,
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.families.spec import (
+    SIGLIP,
     FamilySpec,
     Geometry,
     Prompt,
@@ -67,16 +68,6 @@ SPECS = (
         query_token="<video>",  # we show it no videos
         special_tokens=(_PAD, "<|im_start|>", _END, "<image>", "<video>"),
         positions="count",
-        published=(
-            (r"^model\.", ""),
-            (r"^language_model\.lm_head\.", "lm_head."),
-            (r"^language_model\.model\.", "language_model."),
-            (r"^vision_tower\.vision_model\.", "vision_tower."),
-        ),
-        vision_tower="vision_tower",
-        patch_embed=("vision_tower.embeddings",),
-        blocks="vision_tower.encoder.layers",
-        vision_norm=("vision_tower.post_layernorm",),
         projector=("multi_modal_projector", "image_newline"),
         # The projector reads the last block's output, before the tower's last norm.
         no_gradient=(r"vision_tower\.post_layernorm\..*",),
@@ -84,5 +75,6 @@ SPECS = (
         pixel_inputs=_pixels,
         raster=_whole,
         tiny_config=_tiny,
+        **SIGLIP,
     ),
 )

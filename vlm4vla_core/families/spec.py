@@ -193,6 +193,21 @@ def tiny_text(ids: dict[str, int], pad: str, end: str, **changes: Any) -> dict[s
     return {**common, **changes}
 
 
+# Where a SigLIP tower keeps its parts, and how published files name tower and language model.
+SIGLIP: dict[str, Any] = {
+    "published": (
+        (r"^model\.", ""),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.model\.", "language_model."),
+        (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ),
+    "vision_tower": "vision_tower",
+    "patch_embed": ("vision_tower.embeddings",),
+    "blocks": "vision_tower.encoder.layers",
+    "vision_norm": ("vision_tower.post_layernorm",),
+}
+
+
 def tiny_siglip(size: int, **changes: Any) -> dict[str, Any]:
     """Config values of a narrow SigLIP tower."""
     common = {
