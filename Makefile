@@ -4,6 +4,7 @@
 #   make lint              ruff (lint and format) and mypy
 #   make TORCH_INDEX=URL … take torch from a pip index of your choice (CPU or CUDA builds)
 #   make SYSTEM_TORCH=1 …  use the torch that the system's python3 already has
+#   make venv-libero       a simulator's own environment beside .venv (docs/simulators.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 # Pins are exact, torch's aside where the system brings its own.
 CONSTRAINTS := $(if $(SYSTEM_TORCH),$(VENV)/constraints-without-torch.txt,constraints.txt)
 
-.PHONY: install report test lint clean
+.PHONY: install report test lint clean venv-libero
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +24,26 @@ $(STAMP): pyproject.toml constraints.txt
 	$(if $(SYSTEM_TORCH),,$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint $(CONSTRAINTS)
+	touch $@
+
+# A simulator's environment is a layer over .venv: it finds the project and its libraries there and holds only what the
+# simulator needs on top, so two simulators with pins of their own stand side by side, and neither touches .venv.
+.PRECIOUS: .venv-%/.layer
+.venv-%/.layer: $(STAMP)
+	$(BIN)/python -m venv $(if $(SYSTEM_TORCH),--system-site-packages) .venv-$*
+	.venv-$*/bin/python -c "import pathlib, sysconfig; \
+		place = pathlib.Path(sysconfig.get_path('purelib')); \
+		below = '$(CURDIR)/$(VENV)' + str(place).removeprefix('$(CURDIR)/.venv-$*'); \
+		(place / 'layer.pth').write_text(f'import site; site.addsitedir({below!r})\n')"
+	sed '1s|.*|#!$(CURDIR)/.venv-$*/bin/python|' $(BIN)/vlm4vla > .venv-$*/bin/vlm4vla
+	chmod +x .venv-$*/bin/vlm4vla
+	touch $@
+
+# LIBERO's own requirements resolve to 205 packages with a source build; these are the ones it really imports.
+LIBERO_STAMP := .venv-libero/.installed
+venv-libero: $(LIBERO_STAMP)
+$(LIBERO_STAMP): .venv-libero/.layer constraints-libero.txt
+	.venv-libero/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-libero.txt
 	touch $@
 
 # The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.
