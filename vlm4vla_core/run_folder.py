@@ -28,11 +28,12 @@ def run_inputs(config: TrainConfig, data: Sequence[Path]) -> dict[str, str]:
     stores = [folders.read_manifest(path, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE) for path in data]
     inputs = {"data": "+".join(store["fingerprint"] for store in stores)}
     if config.backbone != "tiny":
-        inputs["backbone"] = _backbone_fingerprint(config.backbone)
+        inputs["backbone"] = backbone_fingerprint(config.backbone)
     return inputs
 
 
-def _backbone_fingerprint(path: str) -> str:
+def backbone_fingerprint(path: str) -> str:
+    """What stands for a model in identities: of a checkpoint its manifest's, of a Hugging Face folder its files'."""
     folder = Path(path)
     if checkpoint.looks_like_one(folder):
         return str(folders.read_manifest(checkpoint.resolve(folder), checkpoint.KIND)["fingerprint"])
