@@ -23,7 +23,7 @@ from vlm4vla_core.options import PAPER, BackboneOptions
 # Settings that decide how a run is carried out but not what it computes; they may change between re-issues.
 OPERATIONAL = frozenset({
     "save_every", "keep_last", "val_every", "val_rows", "log_every", "threads", "workers", "device", "trackers",
-    "snapshots",
+    "snapshots", "parallel", "rollout_every", "rollout_benchmark", "rollout_tasks", "rollout_episodes",
 })  # fmt: skip
 
 
@@ -156,6 +156,16 @@ class TrainConfig(BaseModel):
     """Record at steps 0, 1, 2, 4, 8 …: sketches of the weights and gradient norms by module, or also the weights."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate to log to as well, such as tensorboard or wandb."""
+    rollout_every: int = Field(default=0, ge=0)
+    """Steps between short rollouts on validation episodes, and at the end; 0 for none. They change nothing else."""
+    rollout_benchmark: str = "tabletop-tasks-abc@1"
+    """Benchmark of the rollouts; its looks and words of training, and seeds of their own, never those of the test."""
+    rollout_tasks: tuple[str, ...] = ()
+    """Tasks of the rollouts; all of the benchmark by default."""
+    rollout_episodes: int = Field(default=10, ge=1)
+    """Rollouts of each task."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp (every process holds the model) or fsdp (they share weights, gradients and optimizer)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     threads: int | None = Field(default=None, ge=1)
@@ -173,6 +183,10 @@ class TrainConfig(BaseModel):
             raise ValueError("weights of auxiliary objectives must be positive numbers")
         if self.patience and not self.val_every:
             raise ValueError("patience needs val_every")
+        if self.rollout_every and self.objective != "action":
+            raise ValueError("rollout_every needs the action objective")
+        if self.rollout_every and self.parallel == "fsdp":
+            raise ValueError("rollouts need the whole model in one process; use parallel = ddp, or evaluate checkpoints")
         return self
 
     def objectives(self) -> dict[str, float]:
