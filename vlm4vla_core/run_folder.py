@@ -74,8 +74,8 @@ def refuse_changes(out: Path, identity: dict[str, Any], inputs: dict[str, str]) 
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which the system drops when the process ends, however it ends.
+def locked(out: Path, busy: str = "another process is training in this folder") -> Iterator[None]:
+    """Hold a folder's lock, which the system drops when the process ends, however it ends. busy: what to say if taken.
 
     A folder in which nothing came to be is taken away again.
     """
@@ -84,7 +84,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError("another process is training in this folder", where=out, fix="wait for it") from None
+            raise InputError(busy, where=out, fix="wait for it") from None
         try:
             yield
         finally:
