@@ -88,14 +88,17 @@ class Scene:
 
         Returns the worlds in which something may still be jammed.
         """
-        touched = (self._hand_depth(slice(None)) > w.TOLERANCE) | self.unsure
-        rows = np.flatnonzero(touched)
-        self.unsure = np.zeros(len(touched), bool)
+        pressed = self._hand_depth(slice(None)) > w.TOLERANCE
+        rows = np.flatnonzero(pressed | self.unsure)
+        deep = pressed[rows]  # what the hand presses on needs no second look
+        self.unsure = np.zeros(len(pressed), bool)
         for _ in range(4):
             if not len(rows):
                 return rows
-            jammed = self._separate(rows[self._depth(rows) > w.TOLERANCE])
+            deep[~deep] = self._depth(rows[~deep]) > w.TOLERANCE
+            jammed = self._separate(rows[deep])
             rows = np.union1d(jammed, self._fall(rows))
+            deep = np.zeros(len(rows), bool)
         return rows
 
     def _moving(self) -> tuple[np.ndarray, ...]:
@@ -136,19 +139,18 @@ class Scene:
             knob = _turn(hand, knob, *held)
             loose = np.zeros(len(rows), bool)
             for level in levels:  # what stands on a pushed object has gone with it
-                away, missing = _contact(hand[:, None, :2], xy, reach, level)
-                if missing.any():
-                    xy, loose = _shifted(xy, away * missing, carry, lying), loose | missing.any((1, 2))
-            spot = _at_switch(knob)
-            away, missing = _contact(spot[:, None], xy, w.KNOB_RADIUS + w.FOOTPRINT, low)
-            if missing.any():  # after the hand: of the two, the hand can give way
-                xy, loose = _shifted(xy, away * missing, carry, lying), loose | missing.any((1, 2))
-            away, missing = _contact(xy[:, _I], xy[:, _J], 2 * w.FOOTPRINT, both)  # (r, pairs, …)
-            if missing.any():
-                shift, loose = np.zeros_like(xy), loose | missing.any((1, 2))
+                away, short = _contact(hand[:, None, :2], xy, reach, level)
+                if short.any():
+                    xy, loose = _shifted(xy, away, carry, lying), loose | short.any(1)
+            away, short = _contact(_at_switch(knob)[:, None], xy, w.KNOB_RADIUS + w.FOOTPRINT, low)
+            if short.any():  # after the hand: of the two, the hand can give way
+                xy, loose = _shifted(xy, away, carry, lying), loose | short.any(1)
+            away, short = _contact(xy[:, _I], xy[:, _J], 2 * w.FOOTPRINT, both)  # (r, pairs, 2), (r, pairs)
+            if short.any():
+                shift, loose = np.zeros_like(xy), loose | short.any(1)
                 for pair, (i, j) in enumerate(zip(_I, _J, strict=True)):
-                    shift[:, i] -= away[:, pair] * missing[:, pair] / 2
-                    shift[:, j] += away[:, pair] * missing[:, pair] / 2
+                    shift[:, i] -= away[:, pair] / 2
+                    shift[:, j] += away[:, pair] / 2
                 xy = _shifted(xy, shift, carry, lying)
             if not loose.any():
                 break
@@ -230,7 +232,7 @@ class Scene:
                 height = np.where(stands, top[row, j], 0.0) + half[:, k]
                 objects[:, k, 2] = np.where(lands | stands, height, objects[:, k, 2])
                 on[:, k] = np.where(stands, j, on[:, k])
-                away, _ = _contact(objects[row, j, :2], objects[:, k, :2], 0.0, active)
+                away = _unit(objects[:, k, :2] - objects[row, j, :2])
                 aside = np.clip(objects[row, j, :2] + away * 2 * w.FOOTPRINT, _LOW, _HIGH)
                 objects[:, k, :2] = np.where(slides[:, None], aside, objects[:, k, :2])
                 falling[:, k] &= slides
@@ -244,7 +246,9 @@ class Scene:
 
 def _at_switch(knob: np.ndarray) -> np.ndarray:
     """(r, 2) where the knobs are, from their x (r,)."""
-    return np.stack([knob, np.full(len(knob), w.SWITCH_Y)], 1)
+    spot = np.full((len(knob), 2), w.SWITCH_Y)
+    spot[:, 0] = knob
+    return spot
 
 
 def _turn(hand: np.ndarray, knob: np.ndarray, rail: np.ndarray, turns: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -268,11 +272,11 @@ def _give_way(xy: np.ndarray, knob: np.ndarray, rail: np.ndarray, low: np.ndarra
 
 def _yielded(hand: np.ndarray, spot: np.ndarray, reach: np.ndarray, active: np.ndarray) -> np.ndarray:
     """Hands (r, 3) out of what is at `spot` (r, 2): straight away from it, and sideways where the workspace ends."""
-    away, missing = _contact(hand[:, :2], spot, reach, active)
-    if not missing.any():
+    away, short = _contact(hand[:, :2], spot, reach, active)
+    if not short.any():
         return hand
     out = hand.copy()
-    out[:, :2] = np.clip(hand[:, :2] - away * missing, w.WORKSPACE_LOW[:2], w.WORKSPACE_HIGH[:2])
+    out[:, :2] = np.clip(hand[:, :2] - away, w.WORKSPACE_LOW[:2], w.WORKSPACE_HIGH[:2])
     short = active & (length(spot - out[:, :2]) < reach - w.TOLERANCE)
     side = np.where(out[:, 0] < spot[:, 0], -1.0, 1.0)
     aside = spot[:, 0] + side * np.sqrt(np.maximum(reach**2 - (out[:, 1] - spot[:, 1]) ** 2, 0.0))
@@ -302,10 +306,18 @@ def _carried_along(on: np.ndarray) -> np.ndarray:
 def _contact(
     a: np.ndarray, b: np.ndarray, distance: np.ndarray | float, active: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors (..., 2) from a to b, and how far (..., 1) they are short of `distance`; 0 where not `active`."""
+    """Shifts (..., 2) straight away from a that bring b to `distance`, 0 where it is not nearer or not `active`; and
+    where (...) bool they are not 0."""
     apart = b - a
-    size = length(apart)
-    coincide = size < 1e-9
-    unit = np.where(coincide[..., None], np.array([1.0, 0.0]), apart / np.where(coincide, 1.0, size)[..., None])
-    missing = distance - size
-    return unit, np.where(active & (missing > w.TOLERANCE), missing, 0.0)[..., None]
+    missing = distance - length(apart)
+    short = active & (missing > w.TOLERANCE)
+    if not short.any():
+        return np.zeros_like(apart), short
+    return _unit(apart) * np.where(short, missing, 0.0)[..., None], short
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """The directions of vectors (..., 2); to the right where there is none."""
+    size = length(vector)
+    nowhere = size < 1e-9
+    return np.where(nowhere[..., None], np.array([1.0, 0.0]), vector / np.where(nowhere, 1.0, size)[..., None])

@@ -91,6 +91,8 @@ def _blocker(task: str, state: State, goal: Goal) -> np.ndarray:
     apart = length(state.objects[..., :2] - state.objects[rows, held, None, :2])
     crowded = ((apart < 2 * world.FOOTPRINT) & (state.kind >= 0) & (slots != held[:, None])).any(1)
     falls = (state.held >= 0) & (state.held != goal.slot) & (crowded | bad[rows, held])
+    if not bad.any():
+        return np.where(falls, state.held, -1)
     # The topmost first: what carries something cannot be taken.
     free = ~(state.on[:, None, :] == slots[:, None]).any(2)
     first = np.where((bad & free).any(1), (bad & free).argmax(1), np.where(bad.any(1), _top(state, bad.argmax(1)), -1))

@@ -141,11 +141,11 @@ def step(state: State, actions: np.ndarray) -> State:
     for _ in range(SUBSTEPS):
         scene.move(wanted[rows] / SUBSTEPS)
     scene.fingers(want_open[rows])
+    merged = {}
     for name in ("gripper", "objects", "open", "held", "on", "knob"):
-        whole = getattr(moved, name).copy()
-        whole[rows] = getattr(scene, name)
-        moved = replace(moved, **{name: whole})
-    return moved
+        merged[name] = getattr(moved, name).copy()
+        merged[name][rows] = getattr(scene, name)
+    return replace(moved, **merged)
 
 
 def _moved_freely(state: State, delta: np.ndarray) -> State:
