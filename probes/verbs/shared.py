@@ -77,10 +77,61 @@ def few_threads(model: nn.Module) -> None:
         torch.set_num_threads(1)
 
 
+def local_model(path: Path) -> Path:
+    """A local path as it is; a hub id (owner/name) as the folder of its snapshot, fetched when it is not there yet.
+
+    Raises InputError when there is neither.
+    """
+    if path.exists() or path.is_absolute() or str(path).startswith(".") or len(path.parts) != 2:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    except (OSError, HFValidationError, ValueError) as error:  # its own errors of connection and access are OSErrors
+        reason = str(error).strip().splitlines()[0][:160]
+        fix = "give a checkpoint or run folder, or go online and log in"
+        raise InputError(
+            f"no such checkpoint or run, and not to be had from the hub ({reason})", where=path, fix=fix
+        ) from None
+
+
+def preprocessing(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is done to a picture before the model sees it (JSON values).
+
+    Raises InputError when a published folder's own processor normalises otherwise.
+    """
+    from vlm4vla_core.families import family
+
+    spec = family(facts["family"])
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = folders.read_json(folder / name)
+            found = found.get("image_processor", found) if isinstance(found, dict) else {}
+            for key, ours in (("image_mean", spec.mean), ("image_std", spec.std)):
+                theirs = found.get(key)
+                if theirs and any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
+                    what = f"the checkpoint's processor has {key} {theirs}, this project gives {spec.name} {list(ours)}"
+                    raise InputError(
+                        what, where=folder / name, fix="features of such pictures would not be the model's"
+                    )
+    return {
+        "size": facts["image_size"], "resize": "bicubic to a square", "normalise": facts["family"],
+        "mean": list(spec.mean), "std": list(spec.std),
+    }  # fmt: skip
+
+
 def model_facts(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's folder, and its family, image size and camera, from config.json alone (no torch)."""
+    """The checkpoint's folder, and its family, image size and camera, from config.json alone (no torch).
+
+    path: a checkpoint or run folder, a published folder, or a hub id, which is fetched.
+    """
     from vlm4vla_core.families import family_of_config
 
+    path = local_model(path)
     if checkpoint.looks_like_one(path) or not (path / checkpoint.CONFIG).is_file():
         folder = checkpoint.resolve(path)
         config = folders.read_json(folder / checkpoint.CONFIG)

@@ -11,7 +11,8 @@ import torch
 from blob_store import SIZE, STATE, blob_store
 
 from probes import features as module
-from probes.features import Features, choose_rows, extract, pooled, resolve_layers
+from probes.features import Features, choose_rows, extract, pooled
+from probes.taps import resolve_layers
 from vlm4vla_core.backbone import Backbone, tiny
 from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import EpisodeStore
@@ -131,8 +132,7 @@ def test_tokens_are_kept_without_pooling(room: Path, backbone: Backbone, tmp_pat
 def test_features_that_are_not_finite_leave_nothing_behind(
     room: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nan = {name: torch.full((8, 16, 4), float("nan")) for name in LAYERS}
-    monkeypatch.setattr(Backbone, "vision_features", lambda self, images: nan)
+    monkeypatch.setattr(module, "tap", lambda *_: {"vision.0": torch.full((8, 16, 4), float("nan"))})
     store = EpisodeStore.open(room / "store")
     with pytest.raises(InputError, match=r"features of vision\.0 are NaN"):
         extract(
