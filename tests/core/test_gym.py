@@ -14,9 +14,11 @@ from vlm4vla_core.sims.benchmarks import is_evaluation_seed
 NAME = "vlm4vla/Tabletop-v0"
 
 
-def test_gymnasium_accepts_it() -> None:
-    env = gymnasium.make(NAME, task="pick", image_size=32, render_mode="rgb_array")
+@pytest.mark.parametrize("options", [{"task": "pick"}, {"task": "chain", "camera": "wrist"}, {"task": "two-plates"}])
+def test_gymnasium_accepts_it_without_a_warning(options: dict[str, str], recwarn: pytest.WarningsRecorder) -> None:
+    env = gymnasium.make(NAME, image_size=32, render_mode="rgb_array", **options)
     check_env(env.unwrapped, skip_render_check=False)
+    assert not [str(warning.message) for warning in recwarn if "gymnasium" in str(warning.filename)]
 
 
 def test_the_expert_earns_one_reward_and_ends_the_episode() -> None:
@@ -44,15 +46,33 @@ def test_a_chain_pays_for_every_part_and_a_late_one_is_cut_off() -> None:
 
 
 def test_the_same_seed_is_the_same_episode_and_it_vectorises() -> None:
-    a, b = (gymnasium.make(NAME, task="touch", image_size=32).reset(seed=9)[0] for _ in range(2))
-    np.testing.assert_array_equal(a["image"], b["image"])
-    envs = gymnasium.make_vec(NAME, num_envs=3, vectorization_mode="sync", task="touch", image_size=32)
-    seen, _ = envs.reset(seed=9)
-    np.testing.assert_array_equal(seen["image"][0], a["image"])
-    seen, reward, *_ = envs.step(envs.action_space.sample())
-    assert seen["image"].shape == (3, 32, 32, 3) and reward.shape == (3,)
+    """One after the other, and in processes of their own: pictures, states and, as they change, words."""
+    alone = [gymnasium.make(NAME, task="touch", image_size=32) for _ in range(3)]
+    vectors = [
+        gymnasium.make_vec(NAME, num_envs=3, vectorization_mode=mode, task="touch", image_size=32)
+        for mode in ("sync", "async")
+    ]
+    first = [env.reset(seed=9 + i)[0] for i, env in enumerate(alone)]
+    starts = [envs.reset(seed=9)[0] for envs in vectors]
+    for seen in starts:
+        np.testing.assert_array_equal(seen["image"], [one["image"] for one in first])
+        assert tuple(seen["instruction"]) == tuple(one["instruction"] for one in first)
+    words = set(starts[0]["instruction"])
+    for t in range(25):  # each episode ends and begins anew
+        actions = np.random.default_rng(t).uniform(-0.06, 0.06, (3, 7)).astype(np.float32)
+        one, other = (envs.step(actions) for envs in vectors)
+        for name in ("image", "state"):
+            np.testing.assert_array_equal(one[0][name], other[0][name])
+        assert tuple(one[0]["instruction"]) == tuple(other[0]["instruction"])
+        np.testing.assert_array_equal(one[1:4], other[1:4])
+        words |= set(one[0]["instruction"])
+    assert len(words) > 3 and one[0]["image"].shape == (3, 32, 32, 3) and one[1].shape == (3,)
+    for envs in vectors:
+        envs.close()
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(InputError, match="no 'tuoch'; did you mean 'touch'"):
         gymnasium.make(NAME, task="tuoch")
+    with pytest.raises(InputError, match="0 domains, 8 px"):
+        gymnasium.make(NAME, domains=(), image_size=8)
