@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.families import FamilySpec, Geometry, family
+from vlm4vla_core.image_tokens import given
 from vlm4vla_core.options import BackboneOptions
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Backbone(nn.Module):
     base: what `AutoModel` gives. image_size: pixels per side of the square images that go in (geometry.size: of what
     the model sees, after `options.upscale`). query: (n_queries, D) fp32. padding: "right" (default) or "left"; the
     query stands right after the last real token either way, unless the options say otherwise.
-    lm_head: (V, D) output layer of an untied model, when it was loaded. lineage: where the weights come from.
+    lm_head: (V, D) output layer of an untied model, when it was loaded. dense: heads on image tokens, when it was
+    trained with them (`dense_heads`). lineage: where the weights come from.
     """
 
     base: Any
     spec: FamilySpec
     lm_head: nn.Parameter | None
+    dense: Any
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Backbone(nn.Module):
         )
         self.query = nn.Parameter((noise * (scale if options.query_init == "scaled" else 0)).to(words.weight.device))
         self.lm_head = None if lm_head is None else nn.Parameter(lm_head)
+        self.register_module("dense", None)
         words.register_forward_hook(self._put_query)
         if not options.dropout:
             _switch_off_dropout(base)
@@ -179,15 +183,9 @@ class Backbone(nn.Module):
         self, images: np.ndarray, rows: list[list[int]], *, query: bool = False, starts: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """Pad and add what the family needs. query: append the action query. starts: where each row's suffix begins."""
-        from vlm4vla_core import images as pictures
-
         if len(images) != len(rows) or not rows:
             raise InputError(f"{len(images)} images for {len(rows)} texts", fix="give one image for each text")
-        try:
-            pixels = pictures.resize(np.asarray(images), self.image_size)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        pixels = pictures.resize(pixels, self.geometry.size)  # in two steps, as the authors' processors
+        pixels = self.pictures(images)
         tail = [self.query_id] * len(self.query) if query else []
         early = tail if self.options.query_place == "before_pads" else []
         parts = [[*row, *early] for row in rows]
@@ -205,8 +203,19 @@ class Backbone(nn.Module):
             ids[image] = torch.tensor(self.spec.image_ids(self.tokenizer, self.geometry.tokens) * len(rows))
         batch = {"input_ids": ids, "attention_mask": mask, **self.spec.token_inputs(image, suffix.bool())}
         batch |= self._position_ids(batch)
-        batch["images"] = torch.from_numpy(np.ascontiguousarray(pixels))
+        batch["images"] = pixels
         return batch
+
+    def pictures(self, images: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, 3) at the size that the model sees, on the CPU. Raises InputError on what is no picture."""
+        from vlm4vla_core import images as resizing
+
+        try:
+            pixels = resizing.resize(np.asarray(images), self.image_size)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        pixels = resizing.resize(pixels, self.geometry.size)  # in two steps, as the authors' processors
+        return torch.from_numpy(np.ascontiguousarray(pixels))
 
     def _position_ids(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Positions (B, L), or (3, B, L) for multimodal ones; nothing where the model counts ids by itself."""
@@ -255,13 +264,18 @@ class Backbone(nn.Module):
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, L, D) of a collated batch, after the last norm.
 
-        Raises ValueError when an input is missing that the family would silently do without.
+        "tokens" in the batch, of `image_tokens`, stand for the pictures. Raises ValueError when an input is missing
+        that the family would silently do without.
         """
         positions = () if self.spec.positions == "ids" else ("position_ids",)
         needed = ("input_ids", "attention_mask", *positions, *self.spec.extra_inputs)
         if missing := [name for name in needed if name not in batch]:
             raise ValueError(f"{self.spec.name} needs {', '.join(missing)} in the batch and would be wrong without")
-        inputs = {name: batch[name].to(self.device) for name in batch if name not in ("images", "labels")}
+        inputs = {name: batch[name].to(self.device) for name in batch if name not in ("images", "labels", "tokens")}
+        if "tokens" in batch:
+            inputs["pixel_values"] = batch["tokens"]
+            with given(self, batch["tokens"]):
+                return self.base(**inputs, use_cache=False).last_hidden_state
         if "pixel_values" not in inputs:
             inputs |= self.pixels(batch["images"].to(self.device))
         return self.base(**inputs, use_cache=False).last_hidden_state
@@ -315,11 +329,8 @@ class Backbone(nn.Module):
         (B, tokens, D), the image tokens that the decoder reads (LLaVA-OneVision: those of the whole image; Kosmos-2:
         latents, which lie on no grid).
         """
-        from vlm4vla_core import images as pictures
-
         if isinstance(images, np.ndarray):
-            images = pictures.resize(pictures.resize(images, self.image_size), self.geometry.size)
-            images = torch.from_numpy(np.ascontiguousarray(images))
+            images = self.pictures(images)
         blocks = self.base.get_submodule(self.spec.blocks)
         taps = {f"vision.{index}": block for index, block in enumerate(blocks)}
         taps["projector"] = self.base.get_submodule(self.spec.projector[0])
@@ -345,8 +356,11 @@ class Backbone(nn.Module):
 
     def groups(self) -> dict[str, str]:
         """Parameter name -> module group: "vision.embed", "vision.0"…, "projector", "embeddings", "decoder.0"…,
-        "decoder.norm", "lm_head", "query". Every parameter of this module is in exactly one group."""
-        found = {name: self.spec.group_of(name.removeprefix("base.")) for name, _ in self.named_parameters()}
+        "decoder.norm", "lm_head", "query", "dense". Every parameter of this module is in exactly one group."""
+        found = {
+            name: "dense" if name.startswith("dense.") else self.spec.group_of(name.removeprefix("base."))
+            for name, _ in self.named_parameters()
+        }
         found["query"] = "query"
         if lost := [name for name, group in found.items() if group is None]:
             raise ValueError(f"parameter {lost[0]} belongs to no module group of {self.spec.name}")
@@ -366,6 +380,7 @@ class Backbone(nn.Module):
             "n_queries": len(self.query),
             "padding": self.padding,
             "untied_head": self.lm_head is not None,
+            **({"dense": self.dense.settings} if self.dense is not None else {}),
             "dtype": str(next(self.base.parameters()).dtype).removeprefix("torch."),
             "attention": _attention(self.base.config),
             "lineage": self.lineage,

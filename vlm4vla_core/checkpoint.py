@@ -226,6 +226,7 @@ def reload(
         fill(backbone, folder, "backbone.")
         merge_lora(backbone)
         return backbone
+    changed.pop("dense", None)
     plain = {key: value for key, value in changed["lineage"].items() if key not in ("lora", "merged_lora", "domains")}
     changed["lineage"] = {**plain, "init": "scratch", "init_seed": seed, "stages": []}
     return _build(folder, {**description, "backbone": changed}, seed)
@@ -280,8 +281,13 @@ def _rebuild(description: dict[str, Any], tokenizer: Any, seed: int | None = Non
             base = AutoModel.from_config(config, **made)
         if description["untied_head"]:
             head = torch.empty_like(base.get_submodule(spec.embeddings).weight.detach())
+    dense = None
+    if description.get("dense"):
+        from vlm4vla_core.dense_heads import DenseHeads
+
+        dense = DenseHeads(config.get_text_config().hidden_size, description["dense"])
     options = BackboneOptions.from_dict(description.get("options", {"n_queries": description["n_queries"]}))
-    return Backbone(
+    backbone = Backbone(
         base,
         tokenizer,
         spec,
@@ -291,7 +297,9 @@ def _rebuild(description: dict[str, Any], tokenizer: Any, seed: int | None = Non
         padding=description["padding"],
         lm_head=head,
         lineage=description["lineage"],
-    ).eval()
+    )
+    backbone.dense = dense
+    return backbone.eval()
 
 
 def _without_init() -> Any:

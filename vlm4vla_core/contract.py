@@ -195,6 +195,9 @@ def _backward(backbone: Backbone) -> dict[str, Tensor]:
     return gradients
 
 
+_UNMET = ("lm_head", "dense")  # groups that actions do not meet
+
+
 def _gradients(backbone: Backbone) -> None:
     """A loss at the query reaches query, vision, projector and decoder, and nothing that is frozen."""
     gradients = _backward(backbone)
@@ -204,7 +207,7 @@ def _gradients(backbone: Backbone) -> None:
         if not backbone.get_parameter(name).requires_grad:
             if name in gradients:
                 raise ContractError(f"{name} is frozen and received a gradient")
-        elif group != "lm_head" and not exempt.fullmatch(name.removeprefix("base.")):  # actions meet no output layer
+        elif group not in _UNMET and not exempt.fullmatch(name.removeprefix("base.")):
             if name not in gradients:
                 raise ContractError(f"no gradient reaches {name}")
             reached[group] = max(reached.get(group, 0.0), float(gradients[name].float().norm()))

@@ -45,6 +45,7 @@ class Objective:
 
 def build(config: TrainConfig, data: Data, inputs: dict[str, str]) -> tuple[Any, dict[str, Objective]]:
     """The model of a run, and its objectives by name, the main one first."""
+    from vlm4vla_core.dense_objective import dense_objective
     from vlm4vla_core.text_objectives import fast_objective, language_objective
 
     model: Any = start(config, inputs)
@@ -58,7 +59,10 @@ def build(config: TrainConfig, data: Data, inputs: dict[str, str]) -> tuple[Any,
         if config.objective != "action":
             raise InputError("compile is for the action objective", fix="leave it out")
         model.compile_layers()
-    makers = {"language": language_objective, "fast": fast_objective}
+    makers = {"language": language_objective, "fast": fast_objective, "dense": dense_objective}
+    if "dense" not in config.objectives() and backbone.dense is not None:
+        backbone.dense.requires_grad_(False)  # kept for a later stage, but a policy has no use for it
+        backbone.dense = backbone.dense if config.objective != "action" else None
     return model, {
         name: action_objective(config, data, model) if name == "action" else makers[name](config, data, backbone)
         for name in config.objectives()
@@ -154,8 +158,15 @@ def action_objective(config: TrainConfig, data: Data, policy: Any) -> Objective:
 
 
 def losses_module(model: Any, objectives: dict[str, Any]) -> Any:
-    """A module whose forward gives every objective's losses, as DistributedDataParallel needs one."""
+    """A module whose forward gives every objective's losses, as DistributedDataParallel needs one.
+
+    Objectives that see the same pictures share one pass of the vision tower.
+    """
     import torch
+
+    from vlm4vla_core.image_tokens import image_tokens
+
+    backbone = getattr(model, "backbone", model)
 
     class Losses(torch.nn.Module):
         def __init__(self) -> None:
@@ -163,6 +174,10 @@ def losses_module(model: Any, objectives: dict[str, Any]) -> Any:
             self.model = model
 
         def forward(self, parts: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+            pictures = [part["images"] for part in parts.values() if "tokens" not in part]
+            if len(pictures) > 1 and all(torch.equal(pictures[0], other) for other in pictures[1:]):
+                tokens = image_tokens(backbone, pictures[0])
+                parts = {name: {**part, "tokens": tokens} for name, part in parts.items()}
             return {name: objective.loss(parts[name]) for name, objective in objectives.items()}
 
     return Losses()

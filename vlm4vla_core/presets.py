@@ -28,7 +28,7 @@ OPERATIONAL = frozenset({
 
 
 Part = Literal["vision", "projector", "decoder", "word_embeddings"]
-Objective = Literal["action", "language", "fast"]
+Objective = Literal["action", "language", "fast", "dense"]
 
 
 class TrainConfig(BaseModel):
@@ -45,11 +45,16 @@ class TrainConfig(BaseModel):
     scratch: tuple[Literal["vision", "projector", "decoder"], ...] = ("vision", "projector", "decoder")
     """What init = scratch draws anew."""
     objective: Objective = "action"
-    """action (the VLA), language (answers to questions about the scene) or fast (actions as text tokens)."""
+    """action (the VLA), language (answers to questions about the scene), fast (actions as text tokens) or dense (heads
+    on image tokens)."""
     auxiliary: dict[Objective, float] = Field(default_factory=dict)
     """Further objectives on the same pictures and their weights in the loss, such as language = 0.1."""
     questions: tuple[str, ...] = ()
     """Kinds of questions of the language objective (see docs/auxiliary-data.md); all simple ones by default."""
+    questions_per_picture: int = Field(default=1, ge=1)
+    """Most questions about one picture, one after the other in one sequence; each is asked once."""
+    dense_targets: tuple[Literal["presence", "position", "gripper", "depth", "segmentation"], ...] = ()
+    """What the dense objective learns; all that the stores have by default."""
     fast_vocab: int = Field(default=1024, ge=2)
     """Action tokens of the fast objective, at most; fewer when the vocabulary has no room."""
     weights: tuple[float, ...] = ()
@@ -178,7 +183,7 @@ class TrainConfig(BaseModel):
         if both := sorted(set(self.freeze) & set(self.lora)):
             raise ValueError(f"{both[0]} stands in freeze and in lora; lora alone freezes its weights")
         if self.objective in self.auxiliary or "action" in self.auxiliary:
-            raise ValueError("auxiliary objectives are language and fast, beside another objective")
+            raise ValueError("auxiliary objectives are language, fast and dense, beside another objective")
         if any(not 0 < weight < float("inf") for weight in self.auxiliary.values()):
             raise ValueError("weights of auxiliary objectives must be positive numbers")
         if self.patience and not self.val_every:
@@ -186,7 +191,7 @@ class TrainConfig(BaseModel):
         if self.rollout_every and self.objective != "action":
             raise ValueError("rollout_every needs the action objective")
         if self.rollout_every and self.parallel == "fsdp":
-            raise ValueError("rollouts need the whole model in one process; use parallel = ddp, or evaluate checkpoints")
+            raise ValueError("rollouts need the whole model in one process; use parallel ddp, or evaluate checkpoints")
         return self
 
     def objectives(self) -> dict[str, float]:

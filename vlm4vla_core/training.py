@@ -125,7 +125,8 @@ class _Run:
         self.backbone = getattr(self.model, "backbone", self.model)
         if config.precision == "bf16":
             base = self.backbone.base  # query, head and losses stay outside
-            base.forward = torch.autocast(devices.device.type, torch.bfloat16)(base.forward)
+            for name in ("forward", "get_image_features"):
+                setattr(base, name, torch.autocast(devices.device.type, torch.bfloat16)(getattr(base, name)))
         if config.checkpoint_activations:
             self.backbone.checkpoint_activations()
         self.optimizer = make_optimizer(config, self.model)
@@ -398,7 +399,7 @@ class _Run:
         )
 
 
-_KEYS = ((), (1,), (2,))  # of the generators of a run's objectives
+_KEYS = ((), (1,), (2,), (3,))  # of the generators of a run's objectives
 
 
 def _places(config: TrainConfig, devices: Devices) -> list[slice]:

@@ -5,7 +5,7 @@ Trap: a held-out loss means little by itself. What a constant prediction gives s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,3 +99,76 @@ def language_metrics(
         **(read(written) if read else {}),
         "rows": rows,
     }
+
+
+def dense_metrics(
+    outputs: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    batch: BatchMaker,
+    rows: int,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Losses and errors of the dense heads, each of its own target, beside what knowing no picture would give.
+
+    loss, loss_NAME: as in training. presence_precision: average precision over all cells and classes; presence_share:
+    of what is there, that of chance. position_cm: mean distance of x and y in cells with an object; gripper_cm: of the
+    mean over tokens from the gripper's x, y, z; depth_cm: mean absolute; constant_…: of each place's own mean.
+    gripper_open: accuracy; gripper_majority: of the commoner state. segmentation: cells whose commonest class is right;
+    segmentation_majority: of each place's commonest class.
+    """
+    import torch
+
+    from vlm4vla_core.dense_heads import dense_losses
+
+    kept: dict[str, list[torch.Tensor]] = {}
+    sums: dict[str, float] = {}
+    with torch.no_grad():
+        for start in range(0, rows, _BATCH):
+            inputs = batch(slice(start, start + _BATCH), np.random.default_rng([0, start]))
+            out = {name: value.cpu() for name, value in outputs(inputs).items() if name in settings}
+            for name, value in dense_losses(out, inputs).items():
+                key = name if name == "loss" else f"loss_{name}"
+                sums[key] = sums.get(key, 0.0) + float(value) * len(inputs["images"])
+            for name, value in out.items():
+                for key, part in ((name, value), (f"dense_{name}", None), (f"dense_{name}_mask", None)):
+                    kept.setdefault(key, []).append(inputs[key] if part is None else part)
+    every = {name: torch.cat(values) for name, values in kept.items()}
+    found: dict[str, Any] = {name: value / rows for name, value in sums.items()}
+    for name in settings:
+        value, target, mask = every[name], every[f"dense_{name}"], every[f"dense_{name}_mask"]
+        if not mask.any():
+            continue
+        if name == "presence":
+            found |= {
+                "presence_precision": average_precision(value[mask].flatten().numpy(), target[mask].flatten().numpy()),
+                "presence_share": float(target[mask].mean()),
+            }
+        elif name == "segmentation":
+            seen = mask & (target.max(-1).values > 0)
+            commonest = target.sum(0).argmax(-1).expand(len(target), -1)  # (B, n)
+            truth = target.argmax(-1)
+            found |= {
+                "segmentation": float((value.argmax(-1) == truth)[seen].float().mean()),
+                "segmentation_majority": float((commonest == truth)[seen].float().mean()),
+            }
+        else:
+            if name == "gripper":  # one answer of a picture
+                value, target, mask = value.mean(1, keepdim=True), target[:, :1], mask[:, :1]
+                opened = target[..., 3][mask]
+                found["gripper_open"] = float(((value[..., 3][mask] > 0) == (opened > 0.5)).float().mean())
+                found["gripper_majority"] = float(max(opened.mean(), 1 - opened.mean()))
+            spread = torch.tensor(settings[name]["std"]) * 100  # cm
+            value, target = value[..., : len(spread)] * spread, target[..., : len(spread)] * spread
+            weight = mask[..., None].float()
+            constant = (target * weight).sum(0) / weight.sum(0).clamp(min=1)  # (n, k)
+            found[f"{name}_cm"] = float((value - target).norm(dim=-1)[mask].mean())
+            found[f"constant_{name}_cm"] = float((constant - target).norm(dim=-1)[mask].mean())
+    return {**found, "rows": rows}
+
+
+def average_precision(score: np.ndarray, truth: np.ndarray) -> float:
+    """Mean precision at the rank of each positive; nan without one. score, truth (0 or 1): (m,); ties count as one."""
+    order = np.argsort(-score, kind="stable")
+    hits = np.cumsum(truth[order])
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)  # of each run of equal scores
+    gained = np.diff(hits[last], prepend=0.0)
+    return float((gained * hits[last] / (last + 1)).sum() / hits[-1]) if len(order) and hits[-1] else float("nan")
