@@ -116,18 +116,21 @@ def save(
     inputs: dict[str, str] | None = None,
     metrics: dict[str, Any] | None = None,
     files: dict[str, Any] | None = None,
+    tensors: tuple[dict[str, Any], dict[str, dict[str, Any]]] | None = None,
 ) -> None:
     """Write a checkpoint folder that appears whole or not at all.
 
     optimizer, step: the training state, for an exact resume. config, inputs: the run's settings and the
     fingerprints of its data. metrics: measured values to keep in the manifest. files: further JSON, by file name.
+    tensors: weights and optimizer state of a sharded model (`sharding.whole`), instead of the model's own.
     """
     from safetensors.torch import save_file
 
     policy: Any = None if _is_backbone(model) else model
     backbone: Any = model if policy is None else model.backbone
     prefix = "backbone." if policy is None else ""
-    weights = {prefix + name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
+    own, state = tensors or (model.state_dict(), {} if optimizer is None else _optimizer_state(model, optimizer))
+    weights = {prefix + name: value.detach().contiguous().cpu() for name, value in own.items()}
     description = {"backbone": backbone.describe(), "policy": None if policy is None else policy.config.to_dict()}
     facts = {
         "family": backbone.spec.name,
@@ -142,7 +145,7 @@ def save(
         for name, value in (files or {}).items():
             folders.write_json(temporary / name, value)
         if optimizer is not None:
-            save_file(_optimizer_tensors(model, optimizer), temporary / STATE)
+            save_file(_named(state), temporary / STATE)
             folders.write_json(temporary / STATE_FACTS, {"step": step, "seed": (config or {}).get("seed")})
         folders.write_manifest(
             temporary, KIND, config=config or {}, inputs=inputs or {}, step=step, facts=facts, metrics=metrics or {}
@@ -153,13 +156,17 @@ def _is_backbone(model: Any) -> bool:
     return not hasattr(model, "head")
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
+
+
+def _named(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Optimizer state as named tensors, such as `exp_avg/backbone.query`."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.detach().contiguous().cpu()
-    return tensors
+    return {
+        f"{key}/{name}": value.detach().contiguous().cpu()
+        for name, values in state.items()
+        for key, value in values.items()
+    }
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -314,6 +321,7 @@ def _without_init() -> Any:
 def fill(model: torch.nn.Module, folder: Path, prefix: str = "") -> None:
     """Fill every weight of `model` from the checkpoint's, and nothing else."""
     from vlm4vla_core.hub import check_finite
+    from vlm4vla_core.sharding import set_weights
 
     weights = read_tensors(folder / WEIGHTS)
     wanted = {prefix + name: name for name in model.state_dict()}
@@ -323,7 +331,7 @@ def fill(model: torch.nn.Module, folder: Path, prefix: str = "") -> None:
     if left:
         raise InputError(f"{len(left)} weights left over: {', '.join(left[:4])}", where=folder / WEIGHTS)
     try:
-        model.load_state_dict({name: weights[key] for key, name in wanted.items()})
+        set_weights(model, {name: weights[key] for key, name in wanted.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"weights do not fit the model ({reason})", where=folder / WEIGHTS) from None
@@ -347,15 +355,17 @@ def restore_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.opt
     """Fill the optimizer's state from a checkpoint; returns the step. Raises InputError when it holds none."""
     if not (folder / STATE).is_file():
         raise InputError("this checkpoint holds no training state to resume from", where=folder)
-    state: dict[Any, dict[str, Any]] = {}
+    from vlm4vla_core.sharding import as_sharded
+
+    own, state = dict(model.named_parameters()), {}
     for name, value in read_tensors(folder / STATE).items():
         key, parameter = name.split("/", 1)
-        state.setdefault(parameter, {})[key] = value
+        state.setdefault(parameter, {})[key] = as_sharded(value, own.get(parameter))
     # torch's own loading puts each tensor where the parameter is, with its exceptions (the step of an unfused AdamW).
     packed = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     number = {id(parameter): index for index, parameter in enumerate(order)}
-    names = {name: number.get(id(parameter)) for name, parameter in model.named_parameters()}
+    names = {name: number.get(id(parameter)) for name, parameter in own.items()}
     if foreign := sorted(name for name in state if names.get(name) is None):
         raise InputError(f"the training state is of other parameters ({foreign[0]})", where=folder / STATE)
     optimizer.load_state_dict({**packed, "state": {names[name]: value for name, value in state.items()}})

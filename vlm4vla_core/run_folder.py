@@ -8,17 +8,21 @@ Trap: a run that stopped early has no checkpoint of its last step; RUN/stopped.j
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core import checkpoint, folders
 from vlm4vla_core.episodes.store import REMAKE
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.presets import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm4vla_core.training_data import Data
 
 STOPPED = "stopped.json"
 
@@ -92,14 +96,6 @@ def locked(out: Path, busy: str = "another process is training in this folder") 
                 shutil.rmtree(out)
 
 
-def read_log(out: Path, upto: int) -> list[dict[str, Any]]:
-    """The whole lines of a run's log up to a step; a kill may have cut the last one short."""
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    read = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line for line in read if line["step"] <= upto]
-
-
 def prune(out: Path, keep_last: int, best: int | None) -> None:
     """Remove checkpoints but the start, the `keep_last` newest and the best; the manifest goes first."""
     kept = {checkpoint.step_folder(out, step) for step in (0, best) if step is not None}
@@ -109,21 +105,34 @@ def prune(out: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(folder)
 
 
-def open_trackers(names: Sequence[str], out: Path) -> list[Any]:
-    """Trackers of accelerate, by name, begun for a run. Raises InputError naming what is installed."""
-    if not names:
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    if missing := sorted(set(names) - known):
-        listing = ", ".join(sorted(known)) or "none"
-        raise InputError(f"no tracker '{missing[0]}' is installed", fix=f"installed: {listing}")
-    made = []
-    for name in names:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind(out.name, **({"logging_dir": out} if kind.requires_logging_directory else {}))
-        if hasattr(tracker, "start"):
-            tracker.start()
-        made.append(tracker)
-    return made
+def describe(
+    config: TrainConfig, data: Data, inputs: dict[str, str], model: torch.nn.Module, *, processes: int, device: str
+) -> dict[str, Any]:
+    """What run.json holds: settings, data, parameters, devices."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    new, share = model.new_parameters() if hasattr(model, "new_parameters") else (0, 0.0)
+    mixture = data.mixture
+    return {
+        "format": "vlm4vla-run",
+        "version": folders.FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "identity": config.identity(),
+        "inputs": inputs,
+        "data": {
+            "path": [store.path for store in data.stores],
+            "camera": data.cameras,
+            "weights": mixture.weights,
+            "train_rows": sum(map(len, mixture.train)),
+            "val_rows": len(data.val.rows),
+            "dropped_val_episodes": mixture.dropped,
+            "cut": data.cut(),
+        },
+        "parameters": {"total": total, "trained": trained, "new": new, "new_share": share},
+        "devices": {
+            "processes": processes,
+            "device": device,
+            **({"parallel": config.parallel} if processes > 1 else {}),
+        },
+        "made_by": folders.provenance(),
+    }

@@ -1,7 +1,7 @@
 """One training loop for all objectives, exact to the bit: a killed run goes on as if nothing had happened.
 
 A batch is a pure function of (seed, step), a checkpoint holds weights and optimizer, and nothing else is state. All
-objectives start from the same weights for the same seed. Under torchrun the processes share every batch.
+objectives start from the same weights for the same seed. Under torchrun the processes share every batch (`devices`).
 
 Trap: exactness holds for one machine, library version and number of threads and processes; another order of summation
 is another run in the last digits.
@@ -9,23 +9,20 @@ is another run in the last digits.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm4vla_core import checkpoint, folders, trajectory
+from vlm4vla_core import checkpoint, faults, folders, trajectory
 from vlm4vla_core.devices import Devices
 from vlm4vla_core.episodes.sampling import rank_slice
 from vlm4vla_core.errors import InputError
@@ -33,16 +30,10 @@ from vlm4vla_core.objectives import build, losses_module
 from vlm4vla_core.optimisers import average, averaged, learning_rate, make_optimizer, set_rates
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.progress import progress
-from vlm4vla_core.run_folder import (
-    STOPPED,
-    finished,
-    locked,
-    open_trackers,
-    prune,
-    read_log,
-    refuse_changes,
-    run_inputs,
-)
+from vlm4vla_core.rollouts import Rollouts
+from vlm4vla_core.run_folder import STOPPED, describe, finished, locked, prune, refuse_changes, run_inputs
+from vlm4vla_core.run_log import RunLog, check_trackers
+from vlm4vla_core.sharding import full, whole, within
 from vlm4vla_core.training_data import Data, Draw
 
 __all__ = ["TrainConfig", "learning_rate", "train", "up_to_date"]
@@ -59,20 +50,22 @@ def train(config: TrainConfig, data: Path | str | Sequence[Path], out: Path | st
     An interrupted run goes on from its newest whole checkpoint, a finished one is left as it is. Actions are
     normalised by the quantiles of all stores together, held-out episodes included, as in OpenVLA.
     Raises InputError on bad data or settings, when `out` holds another run, when another process is training there,
-    when memory does not suffice, and when the loss stops being finite (the last good checkpoint stays).
+    when memory does not suffice, and when the loss stops being finite (the last good checkpoint stays). Raises OSError
+    when the disk is full, KeyboardInterrupt after Ctrl-C once the step is saved.
     """
     paths, out = _paths(data), Path(out)
     inputs, identity = run_inputs(config, paths), config.identity()
     if done := finished(config, inputs, out):
         return done
+    check_trackers(config.trackers)
     opened = Data(config, paths)
     refuse_changes(out, identity, inputs)  # before the lock, which would write into a folder that is no run
-    devices = Devices(config.device)
+    devices = Devices(config.device, config.parallel)
     try:
-        with locked(out) if devices.first else nullcontext(), _threads(config.threads):
+        with locked(out) if devices.first else nullcontext(), faults.threads(config.threads), faults.room_on_disk(out):
             refuse_changes(out, identity, inputs)  # again: another process may have begun here meanwhile
             run = _Run(config, opened, out, inputs, devices)
-            with _stop_flag() as stop:
+            with faults.stop_flag() as stop:
                 return run.go(stop)
     finally:
         devices.close()
@@ -80,33 +73,6 @@ def train(config: TrainConfig, data: Path | str | Sequence[Path], out: Path | st
 
 def _paths(data: Path | str | Sequence[Path]) -> list[Path]:
     return [Path(data)] if isinstance(data, Path | str) else [Path(one) for one in data]
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """Torch's threads while training: as asked, else at most 2 (more slow small models down, many times under load)."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or min(2, before, os.cpu_count() or 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """An event set by Ctrl-C, so that a step is finished and saved before the process leaves."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Run:
@@ -120,117 +86,84 @@ class _Run:
         self.metrics: dict[str, Any] = {}
         self.history: list[tuple[float, int]] = []  # held-out loss and step of every validation
         self.places = _places(config, devices)
-        self.model, self.objectives = build(config, data, inputs)
-        self.model.to(devices.device).train()
-        self.backbone = getattr(self.model, "backbone", self.model)
-        if config.precision == "bf16":
-            base = self.backbone.base  # query, head and losses stay outside
-            for name in ("forward", "get_image_features"):
-                setattr(base, name, torch.autocast(devices.device.type, torch.bfloat16)(getattr(base, name)))
-        if config.checkpoint_activations:
-            self.backbone.checkpoint_activations()
+        with devices.in_turn():
+            self.model, self.objectives = build(config, data, inputs)
+            self.model.train()
+            self.backbone = getattr(self.model, "backbone", self.model)
+            bf16 = config.precision == "bf16"
+            if bf16:
+                base = self.backbone.base  # query, head and losses stay outside
+                for name in ("forward", "get_image_features"):
+                    setattr(base, name, torch.autocast(devices.device.type, torch.bfloat16)(getattr(base, name)))
+            if config.checkpoint_activations:
+                self.backbone.checkpoint_activations()
+            if not devices.sharded:
+                self.model.to(devices.device)
+            self.losses = devices.share(losses_module(self.model, self.objectives), self.backbone, bf16=bf16)
         self.optimizer = make_optimizer(config, self.model)
-        self.losses = devices.share(losses_module(self.model, self.objectives))
-        self.trackers = open_trackers(config.trackers, out) if devices.first else []
+        self.log = RunLog(out, config.trackers, first=devices.first)
+        self.rollouts = Rollouts(config, self.model) if config.rollout_every else None
         if devices.first and not (out / "run.json").exists():
-            self._write_run()
-
-    def _write_run(self) -> None:
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        new, share = self.model.new_parameters() if hasattr(self.model, "new_parameters") else (0, 0.0)
-        mixture = self.data.mixture
-        folders.write_json(
-            self.out / "run.json",
-            {
-                "format": "vlm4vla-run",
-                "version": folders.FORMAT_VERSION,
-                "config": self.config.model_dump(mode="json"),
-                "identity": self.identity,
-                "inputs": self.inputs,
-                "data": {
-                    "path": [store.path for store in self.data.stores],
-                    "camera": self.data.cameras,
-                    "weights": mixture.weights,
-                    "train_rows": sum(map(len, mixture.train)),
-                    "val_rows": len(self.data.val.rows),
-                    "dropped_val_episodes": mixture.dropped,
-                    "cut": self.data.cut(),
-                },
-                "parameters": {"total": total, "trained": trained, "new": new, "new_share": share},
-                "devices": {"processes": self.devices.world, "device": self.devices.device.type},
-                "made_by": folders.provenance(),
-            },
-        )
+            value = describe(config, data, inputs, self.model, processes=devices.world, device=devices.device.type)
+            folders.write_json(out / "run.json", value)
 
     # --- checkpoints and log
 
     def _save(self) -> Path:
-        folder = checkpoint.step_folder(self.out, self.step)
+        folder, sharded = checkpoint.step_folder(self.out, self.step), self.devices.sharded
+        files = {name: value for one in self.objectives.values() for name, value in one.files.items()}
+        about: dict[str, Any] = {
+            "step": self.step, "config": self.identity, "inputs": self.inputs, "metrics": self.metrics, "files": files,
+        }  # fmt: skip
+        tensors = whole(self.model, self.optimizer) if sharded else None
         if self.devices.first:
-            files = {name: value for one in self.objectives.values() for name, value in one.files.items()}
-            about: dict[str, Any] = {
-                "step": self.step, "config": self.identity, "inputs": self.inputs, "metrics": self.metrics,
-                "files": files,
-            }  # fmt: skip
-            checkpoint.save(folder, self.model, optimizer=self.optimizer, **about)
-            if self.config.ema and self.step == self.config.max_steps:
-                with averaged(self.optimizer):
-                    checkpoint.save(self.out / "ema" / folder.name, self.model, **about)
-            if self.config.keep_last:
-                prune(self.out, self.config.keep_last, min(self.history)[1] if self.history else None)
+            checkpoint.save(folder, self.model, optimizer=self.optimizer, tensors=tensors, **about)
+        if self.config.ema and self.step == self.config.max_steps:
+            with averaged(self.optimizer):
+                tensors = whole(self.model, self.optimizer) if sharded else None
+                if self.devices.first:
+                    checkpoint.save(self.out / "ema" / folder.name, self.model, tensors=tensors, **about)
+        if self.devices.first and self.config.keep_last:
+            prune(self.out, self.config.keep_last, min(self.history)[1] if self.history else None)
         return folder
 
     def _resume(self) -> None:
-        """Go back to the newest whole checkpoint, and cut the log to it; without one, save the start."""
-        log, devices = self.out / "log.jsonl", self.devices
+        """Go back to the newest whole checkpoint, and cut the log to it; without one, measure and save the start."""
+        devices, newest = self.devices, 0
         if devices.first:
-            whole = [folder for folder in checkpoint.complete(self.out) if (folder / checkpoint.STATE).is_file()]
-            if not whole:
-                log.unlink(missing_ok=True)
-                self._validate()
-                self._snapshot(None)
-                whole = [self._save()]
-                (reached,) = devices.sum([0.0])
-            else:
-                (reached,) = devices.sum([float(whole[-1].name.removeprefix("step-"))])
-        else:
-            (reached,) = devices.sum([0.0])  # all follow the first
-        folder = checkpoint.step_folder(self.out, int(reached))
-        if reached:
+            complete = [folder for folder in checkpoint.complete(self.out) if (folder / checkpoint.STATE).is_file()]
+            newest = 1 + int(complete[-1].name.removeprefix("step-")) if complete else 0
+        (reached,) = devices.sum([float(newest)])  # all follow the first
+        if not reached:
+            self.log.restart([])
+            self._validate()
+            self._snapshot(None)
+            self._save()
+            devices.wait()
+            return
+        folder = checkpoint.step_folder(self.out, int(reached) - 1)
+        if reached > 1:
             checkpoint.fill(self.model, folder, "" if self.backbone is not self.model else "backbone.")
             self.step = checkpoint.restore_optimizer(folder, self.model, self.optimizer)
         self.metrics = folders.read_manifest(folder, checkpoint.KIND)["metrics"]
-        lines = read_log(self.out, self.step)
+        lines = self.log.read(self.step)
         self.history = [(line["validation"]["loss"], line["step"]) for line in lines if "validation" in line]
-        if devices.first:
-            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        devices.wait()
-
-    def _log(self, **values: Any) -> None:
-        if not self.devices.first:
-            return
-        with (self.out / "log.jsonl").open("a") as handle:
-            handle.write(json.dumps({"step": self.step, **values}) + "\n")
-        flat = {name: value for name, value in values.items() if isinstance(value, float)}
-        for tracker in self.trackers:
-            tracker.log(flat, step=self.step)
+        devices.wait()  # all have read
+        self.log.restart(lines)
 
     def _validate(self) -> None:
-        """Measure the main objective on held-out rows; the first process does, and tells the others the loss."""
+        """Measure the main objective on held-out rows. The first process does, all do when the model is sharded."""
         if not len(self.data.val.rows):
             return
-        if self.devices.first:
+        if self.devices.first or self.devices.sharded:
             self.model.eval()
             self.metrics = self._measure()
             if self.config.ema and self.step:
                 with averaged(self.optimizer):
                     self.metrics = {**self.metrics, "ema_loss": self._measure()["loss"]}
             self.model.train()
-            self._log(validation=self.metrics)
-        loss = self.metrics["loss"] if self.devices.first else 0.0
-        if self.step:  # before the first step the others are not listening yet
-            (loss,) = self.devices.sum([loss])
+            self.log.line(self.step, validation=self.metrics)
+        (loss,) = self.devices.sum([self.metrics["loss"] if self.devices.first else 0.0])
         self.history.append((loss, self.step))
 
     def _measure(self) -> dict[str, Any]:
@@ -240,14 +173,22 @@ class _Run:
             mine = data.val.part(places)
             return objective.make(data.images(mine, size), mine, rng, slice(None))
 
+        if self.devices.sharded:
+            return within(self.losses, lambda: objective.evaluate(batch, len(data.val.rows)))
         return objective.evaluate(batch, len(data.val.rows))
 
     def _snapshot(self, norms: dict[str, float] | None) -> None:
-        if self.config.snapshots == "none" or not self.devices.first or not trajectory.due(self.step):
+        first, sharded = self.devices.first, self.devices.sharded
+        if self.config.snapshots == "none" or not (first or sharded) or not trajectory.due(self.step):
             return
         folder = self.out / "trajectory" / f"step-{self.step:06d}"
-        trajectory.record(folder, self.model, weights=self.config.snapshots == "weights")
-        self._log(**({"gradient_norms": norms} if norms else {}), snapshot=folder.name)
+        trajectory.record(folder, self.model, weights=self.config.snapshots == "weights", write=first)
+        self.log.line(self.step, **({"gradient_norms": norms} if norms else {}), snapshot=folder.name)
+
+    def _roll_out(self) -> None:
+        """Short rollouts on validation episodes, by the first process."""
+        if self.rollouts is not None and self.devices.first:
+            self.log.line(self.step, rollouts=self.rollouts.run())
 
     # --- steps
 
@@ -293,8 +234,8 @@ class _Run:
                     bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
                     taken = time.perf_counter() - began
                     speed = (self.step - done_before) * config.batch_size / taken
-                    self._log(
-                        **losses, lr=rate, grad_norm=norm, samples_per_s=round(speed, 1),
+                    self.log.line(
+                        self.step, **losses, lr=rate, grad_norm=norm, samples_per_s=round(speed, 1),
                         waiting=round(waited / taken, 4), memory_gb=round(self.devices.memory_gb(), 3),
                         **({"skipped": self.data.skipped} if config.skip_corrupt else {}),
                     )  # fmt: skip
@@ -303,6 +244,8 @@ class _Run:
                     self._validate()
                     best = bool(self.history) and min(self.history)[1] == self.step
                     over = self._no_better()
+                if config.rollout_every and (last or over or self.step % config.rollout_every == 0):
+                    self._roll_out()
                 wanted = config.save_every and self.step % config.save_every == 0
                 if last or over or stopping or wanted or (best and config.keep_last):
                     folder = self._save()
@@ -310,10 +253,9 @@ class _Run:
                     folders.write_json(self.out / STOPPED, {"step": self.step, "why": f"patience {config.patience}"})
                 if stopping and not last:
                     raise KeyboardInterrupt
-            for tracker in self.trackers:
-                tracker.finish()
             for future in ahead:
                 future.cancel()
+        self.log.close()
         self.devices.wait()
         return folder
 
@@ -333,19 +275,21 @@ class _Run:
         with drawn:
             try:
                 losses = self._backward(parts)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                    raise self._too_large() from error
-                raise
+            except RuntimeError as error:
+                if not faults.out_of_memory(error):
+                    raise
+                needed = faults.memory_needed(self.model) / (self.devices.world if self.devices.sharded else 1)
+                each = len(range(*self.places[0].indices(self.config.batch_size)))
+                raise faults.too_large(needed, self.step, each, self.config.accumulate, self.out) from error
         if not math.isfinite(losses["loss"]):
-            self._diverged(f"the loss is {losses['loss']}", draw)
+            faults.diverged(f"the loss is {losses['loss']}", self.step, draw, self.out)
         snapshot = self.config.snapshots != "none" and trajectory.due(self.step + 1)
         norms = trajectory.gradient_norms(self.model) if snapshot else None
         limit = self.config.clip or math.inf
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = float(full(torch.nn.utils.clip_grad_norm_(parameters, limit)))
         if not math.isfinite(norm):
-            self._diverged(f"the gradient norm is {norm}", draw)
+            faults.diverged(f"the gradient norm is {norm}", self.step, draw, self.out)
         self.optimizer.step()
         if self.config.ema:
             average(self.optimizer, self.config.ema)
@@ -377,26 +321,6 @@ class _Run:
             first = {names[0]: summed["loss"]}
             summed |= {**first, "loss": sum(weights[name] * {**summed, **first}[name] for name in names)}
         return summed
-
-    def _too_large(self) -> InputError:
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        fixed = (16 * trained + 4 * sum(p.numel() for p in self.model.parameters() if not p.requires_grad)) / 1e9
-        each = len(range(*self.places[0].indices(self.config.batch_size)))
-        return InputError(
-            f"out of memory at step {self.step} with {each} samples at once; weights, gradients and optimizer alone "
-            f"take {fixed:.3g} GB",
-            where=self.out,
-            fix=f"give another --out and --accumulate {self.config.accumulate * 2}, checkpoint_activations, "
-            "precision bf16, freeze or lora",
-        )
-
-    def _diverged(self, what: str, draw: Draw) -> None:
-        whole = checkpoint.complete(self.out)
-        raise InputError(
-            f"{what} at step {self.step}, on rows {draw}",
-            where=self.out,
-            fix=f"lower the learning rate; the last good checkpoint is {whole[-1].name if whole else 'none'}",
-        )
 
 
 _KEYS = ((), (1,), (2,), (3,))  # of the generators of a run's objectives

@@ -55,26 +55,40 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     """Euclidean norm of the gradient of each module group, before clipping (call it before)."""
     import torch
 
+    from vlm4vla_core.sharding import full
+
     norms = {}
     for group, members in groups_of(model).items():
         grads = [parameter.grad for _, parameter in members if parameter.grad is not None]
         if grads:
-            norms[group] = float(torch.nn.utils.get_total_norm(grads))
+            norms[group] = float(full(torch.nn.utils.get_total_norm(grads)))
     return norms
 
 
-def record(folder: Path, model: torch.nn.Module, *, weights: bool = False) -> None:
-    """Write FOLDER/sketch.safetensors, one tensor per module group, and weights.safetensors of what is trained."""
+def record(folder: Path, model: torch.nn.Module, *, weights: bool = False, write: bool = True) -> None:
+    """Write FOLDER/sketch.safetensors, one tensor per module group, and weights.safetensors of what is trained.
+
+    write: False in the other processes of a sharded model, which must all call this.
+    """
     import torch
     from safetensors.torch import save_file
 
     from vlm4vla_core import folders
+    from vlm4vla_core.sharding import full
 
-    groups = groups_of(model)
-    sketches = {group: torch.stack([sketch(*member) for member in members]).sum(0) for group, members in groups.items()}
+    groups, sketches, every = groups_of(model), {}, {}
+    for group, members in groups.items():
+        made = []
+        for name, parameter in members:
+            value = full(parameter.detach())  # one at a time: a sharded model is larger than a device
+            made.append(sketch(name, value) if write else torch.zeros(SIZE))
+            if weights and write:
+                every[name] = value.cpu().contiguous()
+        sketches[group] = torch.stack(made).sum(0)
+    if not write:
+        return
     with folders.new_folder(folder, "snapshot") as temporary:
         save_file(sketches, temporary / "sketch.safetensors")
         if weights:
-            every = {name: p.detach().cpu().contiguous() for members in groups.values() for name, p in members}
             save_file(every, temporary / "weights.safetensors")
         folders.write_manifest(temporary, "snapshot", config={"size": SIZE, "seed": _SEED}, inputs={})

@@ -79,7 +79,7 @@ def test_two_processes_have_the_losses_of_one(data: Path, pair: Path, tmp_path: 
     ends = [load_file(checkpoint.resolve(run) / checkpoint.WEIGHTS) for run in (tmp_path / "one", pair)]
     close = [torch.allclose(value, ends[1][name], rtol=0, atol=2e-5) for name, value in ends[0].items()]
     assert sum(close) > 0.98 * len(close)  # Adam turns rounding of vanishing gradients into steps of their own sign
-    assert json.loads((pair / "run.json").read_text())["devices"] == {"processes": 2, "device": "cpu"}
+    assert json.loads((pair / "run.json").read_text())["devices"] == {"processes": 2, "device": "cpu", "parallel": "ddp"}
 
 
 def test_two_processes_killed_resume_exactly(data: Path, pair: Path, tmp_path: Path):
