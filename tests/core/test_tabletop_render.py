@@ -186,12 +186,16 @@ def test_the_wrist_camera_equals_the_literal_ray_caster(index: int) -> None:
 
 
 def _compare(seen: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
-    """All pixels but those whose ray grazes an edge within float32's reach: at most one in two hundred."""
-    same = seen[2] == expected[2]
-    assert same.mean() > 0.995
-    np.testing.assert_allclose(seen[1][same], expected[1][same], rtol=1e-5)
-    close = (np.abs(seen[0] - expected[0]) < 1e-4).all(-1)
-    assert close[same].mean() > 0.995
+    """Label, depth and colour of every pixel, to 1e-5, but for one per picture.
+
+    The ray caster calculates in float32 (only table and floor in float64): a ray that grazes an outline or a plate's
+    rim within 1e-7 of its length may end on the other side. Of 81,000 pixels of 90 scenes in all looks none did, and
+    one, at a ball's outline, was 1.0e-5 off; all others were within 9e-6 in colour and 2e-6 in depth.
+    """
+    colour, depth, label = seen
+    off = (label != expected[2]) | (np.abs(colour - expected[0]).max(-1) > 1e-5)
+    off |= np.abs(depth - expected[1]) > 1e-5 * expected[1]
+    assert off.sum() <= 1, np.argwhere(off)
 
 
 def test_pixels_do_not_depend_on_the_batch() -> None:
@@ -244,6 +248,53 @@ def test_depth_and_segmentation_agree_with_projection() -> None:
                 seen += 1
                 assert 0.6 * 0.046 < depth - picture.depth[0, row, column] <= 0.046 + 1e-4
     assert seen > 20
+
+
+@pytest.mark.parametrize("camera", render.CAMERAS)
+def test_every_pixel_lies_on_the_surface_that_its_label_names(camera: str) -> None:
+    """Lifted into space by its depth, a pixel projects back onto itself, and lies where the state says."""
+    state, size, seen = scenes(), 64, set()
+    picture = render.render(state, list(DOMAINS), size, camera=camera, geometry=True)
+    assert picture.depth is not None and picture.segmentation is not None
+    centres = (np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).reshape(-1, 2) + 0.5) / size
+    for world_, view in enumerate(render.cameras(state, list(DOMAINS), camera)):
+        depth, label = picture.depth[world_].reshape(-1, 1), picture.segmentation[world_].ravel()
+        # From right, down and forward to x, y, z, by solving the pinhole equation for the point.
+        local = np.concatenate([(centres - 0.5) / view.focal * depth, depth], 1)
+        point = np.linalg.solve(view.axes, local.T).T + np.array(view.position)
+        spot, again = view.project(point)
+        np.testing.assert_allclose(spot, centres, atol=1e-6)
+        np.testing.assert_allclose(again, depth[:, 0], rtol=1e-6)
+        on = {k: point[label == k] for k in np.unique(label)}
+        seen |= set(on)
+        table = on.pop(render.TABLETOP)
+        assert (np.abs(table) <= [0.38 + 1e-5, 0.37 + 1e-5, 0.04 + 1e-5]).all() and (table[:, 2] < 1e-5).all()
+        assert (np.abs(table[:, 2]) < 1e-5).mean() > 0.5  # the rest is its front edge
+        floor = on.pop(render.BACKGROUND, np.zeros((0, 3)))[:, 2]
+        assert ((np.abs(floor + 0.45) < 1e-4) | (depth[label == render.BACKGROUND, 0] == 50)).all()  # or the distance
+        for k in range(world.PLATES):
+            plate = on.pop(render.PLATE_0 + k, np.zeros((0, 3)))
+            assert (np.abs(plate[:, 2]) < 1e-5).all()
+            assert (np.hypot(*(plate[:, :2] - state.plate[world_, k]).T) < world.PLATE_RADIUS + 1e-5).all()
+        for slot in np.flatnonzero(state.kind[world_] >= 0):
+            kind, yaw = state.kind[world_, slot], state.object_yaw[world_, slot]
+            half = world.HALF_EXTENTS[kind]
+            x, y, z = (on.pop(render.OBJECTS + int(slot), np.zeros((0, 3))) - state.objects[world_, slot]).T
+            if kind == 0:  # a cube: the largest of the turned coordinates is on a face
+                turned = np.stack([x * np.cos(yaw) + y * np.sin(yaw), y * np.cos(yaw) - x * np.sin(yaw), z])
+                outside = (np.abs(turned) / half[:, None]).max(0)
+            elif kind == 1:
+                outside = np.sqrt(x**2 + y**2 + z**2) / half[0]
+            else:
+                outside = np.maximum(np.hypot(x, y) / half[0], np.abs(z) / half[2])
+            np.testing.assert_allclose(outside, 1, atol=1e-4)
+        hand = on.pop(render.GRIPPER) - state.gripper[world_]
+        assert (np.hypot(hand[:, 0], hand[:, 1]) < 0.1).all() and ((hand[:, 2] > -0.02) & (hand[:, 2] < 0.16)).all()
+        fixture = [on.pop(render.SWITCH, np.zeros((0, 3))), on.pop(render.LAMP, np.zeros((0, 3)))]
+        beside = np.concatenate(fixture) - [state.rail[world_], 0, 0]
+        assert (np.abs(beside[:, 0]) < 0.09).all() and (np.abs(beside[:, 1] - 0.3) < 0.08).all()
+        assert not on  # every label has been looked at
+    assert seen >= {render.BACKGROUND, render.TABLETOP, render.GRIPPER, render.PLATE_0, render.OBJECTS}
 
 
 def test_supersampling_averages() -> None:
