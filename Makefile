@@ -4,7 +4,7 @@
 #   make lint              ruff (lint and format) and mypy
 #   make TORCH_INDEX=URL … take torch from a pip index of your choice (CPU or CUDA builds)
 #   make SYSTEM_TORCH=1 …  use the torch that the system's python3 already has
-#   make venv-libero       a simulator's own environment beside .venv (docs/simulators.md)
+#   make venv-libero       a simulator's own environment beside .venv (docs/simulators.md); also venv-simpler
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 # Pins are exact, torch's aside where the system brings its own.
 CONSTRAINTS := $(if $(SYSTEM_TORCH),$(VENV)/constraints-without-torch.txt,constraints.txt)
 
-.PHONY: install report test lint clean venv-libero
+.PHONY: install report test lint clean venv-libero venv-simpler
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +44,15 @@ LIBERO_STAMP := .venv-libero/.installed
 venv-libero: $(LIBERO_STAMP)
 $(LIBERO_STAMP): .venv-libero/.layer constraints-libero.txt
 	.venv-libero/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-libero.txt
+	touch $@
+
+# ManiSkill 3's Bridge tasks; where the system's Vulkan driver is too old, a newer one of the distribution's backports is
+# unpacked beside it, within the environment.
+SIMPLER_STAMP := .venv-simpler/.installed
+venv-simpler: $(SIMPLER_STAMP)
+$(SIMPLER_STAMP): .venv-simpler/.layer constraints-simpler.txt
+	.venv-simpler/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-simpler.txt
+	.venv-simpler/bin/python -m vlm4vla_core.sims.simpler.driver .venv-simpler/vulkan
 	touch $@
 
 # The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.
