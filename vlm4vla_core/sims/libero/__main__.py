@@ -1,0 +1,7 @@
+"""`python -m vlm4vla_core.sims.libero`, in LIBERO's environment, fetches LIBERO's assets."""
+
+import sys
+
+from vlm4vla_core.sims.libero.assets import fetch
+
+sys.exit(fetch())
