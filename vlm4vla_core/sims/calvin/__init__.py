@@ -54,7 +54,7 @@ def _benchmark() -> CalvinBenchmark:
         tasks=("chain",), convention=CALVIN, cameras=("rgb_static", "rgb_gripper"), state_names=STATE,
         success_rule="any_step", step_limits={"chain": 1800}, action_limit=(1.0,) * 7, episodes=1000,
         factory="vlm4vla_core.sims.calvin.simulator:CalvinSimulator", environment="calvin",
-        modules=("pybullet", "omegaconf"), options={"renderer": ("tiny", "egl")}, experts=TASKS,
+        modules=("pybullet_utils", "omegaconf"), options={"renderer": ("tiny", "egl")}, experts=TASKS,
     )  # fmt: skip
 
 

@@ -160,7 +160,7 @@ class CalvinSimulator:
         return obs
 
     def _wander(self, rng: np.random.Generator) -> None:
-        """Put the arm where an earlier task may have left it; the button agrees with its lamp (one commit's does not)."""
+        """The arm as an earlier task may have left it; a button that agrees with its lamp (one commit's does not)."""
         for button in self._env.scene.buttons:
             button.state = type(button.state)(button.light.get_state())
         goal = np.array(chains.ROBOT_START[:3]) + rng.uniform((-0.12, -0.08, -0.03), (0.12, 0.06, 0.06))
@@ -185,29 +185,43 @@ class CalvinSimulator:
         return np.asarray(self._env.get_state_obs()["scene_obs"], float)
 
     def snapshot(self) -> np.ndarray:
-        """Joints of arm and table, poses of the blocks, lights and the last finger command."""
-        p, scene = self._env.p, self._env.scene
+        """Proprioception, pose of the gripper's camera, lights, joints of arm and table, poses of the blocks."""
+        p, env = self._env.p, self._env
+        eye = p.getLinkState(env.robot.robot_uid, self._cameras["rgb_gripper"].gripper_cam_link)[:2]
         joints = [p.getJointState(uid, joint)[0] for uid, joint in self._joints()]
-        poses = [
+        bodies = [
             number
-            for body in scene.movable_objects
+            for body in env.scene.movable_objects
             for part in p.getBasePositionAndOrientation(body.uid)
             for number in part
         ]
-        return np.array([*joints, *poses, *(lamp.get_state() for lamp in scene.lights), self._env.robot.gripper_action])
+        lit = [lamp.get_state() for lamp in env.scene.lights]
+        return np.array([*env.get_state_obs()["robot_obs"], *eye[0], *eye[1], *lit, *joints, *bodies])
 
     def recall(self, snapshot: np.ndarray) -> Observation:
         p, scene, joints = self._env.p, self._env.scene, self._joints()
-        for (uid, joint), value in zip(joints, snapshot, strict=False):
+        state, eye, lit, rest = np.split(snapshot, [15, 22, 24])
+        for (uid, joint), value in zip(joints, rest, strict=False):
             p.resetJointState(uid, joint, value)
-        poses = snapshot[len(joints) :]
-        for k, body in enumerate(scene.movable_objects):
-            p.resetBasePositionAndOrientation(body.uid, poses[7 * k : 7 * k + 3], poses[7 * k + 3 : 7 * k + 7])
-        for lamp, lit in zip(scene.lights, snapshot[-3:-1], strict=True):
-            if lamp.get_state() != int(lit):
-                lamp.reset(int(lit))
-        self._env.robot.gripper_action = int(snapshot[-1])
-        return self._observe()
+        for body, pose in zip(scene.movable_objects, rest[len(joints) :].reshape(-1, 7), strict=True):
+            p.resetBasePositionAndOrientation(body.uid, pose[:3], pose[3:])
+        for lamp, value in zip(scene.lights, lit, strict=True):
+            lamp.reset(int(value))
+
+        def render(camera: str) -> np.ndarray:
+            # Live, PyBullet's link poses lag a substep behind the joints; the gripper's camera keeps the live one.
+            return self._through(eye) if camera == "rgb_gripper" else self._render(camera)
+
+        return Observation(state, render)
+
+    def _through(self, eye: np.ndarray) -> np.ndarray:
+        """The gripper's picture from a pose (7,) of its link: along the link's y, with z down."""
+        p, camera = self._env.p, self._cameras["rgb_gripper"]
+        _, along, down = np.array(p.getMatrixFromQuaternion(eye[3:])).reshape(3, 3).T
+        view = p.computeViewMatrix(eye[:3], eye[:3] + along, -down)
+        lens = p.computeProjectionMatrixFOV(camera.fov, camera.aspect, camera.nearval, camera.farval)
+        pixels = p.getCameraImage(camera.width, camera.height, view, lens)[2]
+        return np.array(np.reshape(pixels, (camera.height, camera.width, 4))[..., :3], np.uint8, order="C")
 
     def _joints(self) -> list[tuple[int, int]]:
         p = self._env.p
