@@ -4,7 +4,7 @@
 #   make lint              ruff (lint and format) and mypy
 #   make TORCH_INDEX=URL … take torch from a pip index of your choice (CPU or CUDA builds)
 #   make SYSTEM_TORCH=1 …  use the torch that the system's python3 already has
-#   make venv-libero       a simulator's own environment beside .venv (docs/simulators.md); also venv-simpler
+#   make venv-libero       a simulator's own environment beside .venv (docs/simulators.md); also venv-simpler, venv-calvin
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 # Pins are exact, torch's aside where the system brings its own.
 CONSTRAINTS := $(if $(SYSTEM_TORCH),$(VENV)/constraints-without-torch.txt,constraints.txt)
 
-.PHONY: install report test lint clean venv-libero venv-simpler
+.PHONY: install report test lint clean venv-libero venv-simpler venv-calvin
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -53,6 +53,13 @@ venv-simpler: $(SIMPLER_STAMP)
 $(SIMPLER_STAMP): .venv-simpler/.layer constraints-simpler.txt
 	.venv-simpler/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-simpler.txt
 	.venv-simpler/bin/python -m vlm4vla_core.sims.simpler.driver .venv-simpler/vulkan
+	touch $@
+
+# CALVIN has no package: the simulator is a checkout that the user names (CALVIN_ROOT); this is the physics under it.
+CALVIN_STAMP := .venv-calvin/.installed
+venv-calvin: $(CALVIN_STAMP)
+$(CALVIN_STAMP): .venv-calvin/.layer constraints-calvin.txt
+	.venv-calvin/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-calvin.txt
 	touch $@
 
 # The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.

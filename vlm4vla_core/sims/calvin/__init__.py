@@ -23,6 +23,10 @@ class CalvinBenchmark(SimulatorBenchmark):
     def train_domains(self) -> tuple[str, ...]:
         return ("A", "B", "C")
 
+    def portion(self, episodes: int) -> str:
+        """What the first chains are called; "" for all of them."""
+        return "" if episodes >= self.episodes else f"the first {episodes} of {self.episodes:,} chains"
+
     def missing(self) -> list[str]:
         from vlm4vla_core.sims.calvin.checkout import missing
 
