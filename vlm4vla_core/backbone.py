@@ -128,8 +128,9 @@ class Backbone(nn.Module):
 
     # --- from images and text to a batch
 
-    def _encode_text(self, text: str, question: str) -> tuple[int, ...]:
-        """Token ids of the prompt that asks `question` (a format) about `text`. Raises InputError on bad text."""
+    def _encode_text(self, text: str, question: str, first: bool = True) -> tuple[int, ...]:
+        """Token ids of the prompt that asks `question` (a format) about `text`; without picture when it is not the
+        first question about it. Raises InputError on bad text."""
         if not text.strip():
             raise InputError("empty instruction", fix="every image needs a text")
         own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -139,7 +140,8 @@ class Backbone(nn.Module):
         if len(own) > MAX_TEXT_TOKENS:
             raise InputError(f"a text of {len(own)} tokens, at most {MAX_TEXT_TOKENS} are allowed", where=text[:80])
         image = self.spec.image_token * self.geometry.tokens
-        prompt = self.prompt.text.replace("{image}", image).replace("{text}", question.replace("{instruction}", text))
+        prompt = self.prompt.text.replace("{image}", image) if first else self.spec.turn
+        prompt = prompt.replace("{text}", question.replace("{instruction}", text))
         return tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
     def collate(self, images: np.ndarray, texts: Sequence[str], *, query: bool = True) -> dict[str, Tensor]:
@@ -159,14 +161,30 @@ class Backbone(nn.Module):
         """As `collate`, with each answer (a text, or word ids) appended; `labels` (B, L): IGNORE outside answers."""
         if len(questions) != len(answers):
             raise InputError(f"{len(questions)} questions but {len(answers)} answers")
+        return self.collate_turns(images, [[turn] for turn in zip(questions, answers, strict=True)])
+
+    def collate_turns(
+        self, images: np.ndarray, turns: Sequence[Sequence[tuple[str, str | Sequence[int]]]]
+    ) -> dict[str, Tensor]:
+        """As `collate_answers`, with several questions and answers about each picture, one after the other.
+
+        The first is asked as it is alone, and answered with the same logits: what follows is read in one direction in
+        every family, so that of PaliGemma's prefix only picture and first question are read in both.
+        """
         rows, labels, starts = [], [], []
-        for question, answer in zip(questions, answers, strict=True):
-            prompt = list(self._encode(question, "{instruction}"))
-            text = isinstance(answer, str)
-            tail = [*(self.tokenizer(answer, add_special_tokens=False)["input_ids"] if text else answer), self.end_id]
-            rows.append(prompt + tail)
-            labels.append([IGNORE] * len(prompt) + tail)
-            starts.append(len(prompt))
+        for asked in turns:
+            row: list[int] = []
+            label: list[int] = []
+            for number, (question, answer) in enumerate(asked):
+                prompt, text = list(self._encode(question, "{instruction}", number == 0)), isinstance(answer, str)
+                words = self.tokenizer(answer, add_special_tokens=False)["input_ids"] if text else answer
+                tail = [*words, self.end_id]
+                if number == 0:
+                    starts.append(len(prompt))
+                row += prompt + tail
+                label += [IGNORE] * len(prompt) + tail
+            rows.append(row)
+            labels.append(label)
         batch = self._batch(images, rows, starts=starts)
         batch["labels"] = self._pad(labels, IGNORE)
         return batch

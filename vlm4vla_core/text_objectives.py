@@ -30,27 +30,26 @@ def language_objective(config: TrainConfig, data: Data, backbone: Backbone) -> O
     """The VLM objective: next-token loss on answers to questions about the scene.
 
     A row that allows none of the kinds asked for (an end of an episode has no next action) is asked any question; one
-    about two moments shows them side by side.
+    about two moments shows them side by side. `questions_per_picture` are packed into one sequence.
     """
-    from vlm4vla_core.vqa import questions
-    from vlm4vla_core.vqa.embodied import NothingToAsk, beside
+    from vlm4vla_core.vqa.embodied import NothingToAsk, beside, several
 
-    def ask(which: int, row: int, rng: np.random.Generator) -> Question:
-        store, camera = data.stores[which], data.cameras[which]
+    def ask(which: int, row: int, rng: np.random.Generator) -> list[Question]:
+        store, camera, count = data.stores[which], data.cameras[which], config.questions_per_picture
         try:
-            return questions(store, row, rng, kinds=config.questions, camera=camera)
+            return several(store, row, rng, count, kinds=config.questions, camera=camera)
         except NothingToAsk:
-            return questions(store, row, rng, camera=camera)
+            return several(store, row, rng, count, camera=camera)
 
     def make(images: np.ndarray, draw: Draw, rng: np.random.Generator, part: slice) -> dict[str, torch.Tensor]:
         asked = [ask(int(which), int(row), rng) for which, row in zip(draw.which, draw.rows, strict=True)][part]
-        if any(question.earlier >= 0 for question in asked):
+        if any(first.earlier >= 0 for first, *_ in asked):
             images = images.copy()
-        for i, (which, question) in enumerate(zip(draw.which[part], asked, strict=True)):
+        for i, (which, (question, *_)) in enumerate(zip(draw.which[part], asked, strict=True)):
             if question.earlier >= 0:
                 before = data.stores[which].images(data.cameras[which], [question.earlier], images.shape[1])
                 images[i] = beside(before[0], images[i])
-        return backbone.collate_answers(images, [q.question for q in asked], [q.answer for q in asked])
+        return backbone.collate_turns(images, [[(one.question, one.answer) for one in turns] for turns in asked])
 
     return _text_objective(backbone, make)
 

@@ -66,7 +66,7 @@ def language_metrics(
     rows: int,
     read: Callable[[list[list[int]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Loss and accuracy on one fixed question per row.
+    """Loss and accuracy on fixed questions, one per row or as many as are asked in training.
 
     loss: mean cross-entropy over answer tokens (nats). token_accuracy: of answer tokens, given the ones before (teacher
     forcing), the closing token left out. answer_accuracy: answers with every token right. majority: answer accuracy
@@ -86,7 +86,8 @@ def language_metrics(
             hit = guess == targets.cpu()
             content = (targets != backbone.end_id).cpu()
             right.append(hit[content])
-            counts = (inputs["labels"] != -100).sum(1).tolist()
+            ends = (targets == backbone.end_id).cpu().nonzero()[:, 0] + 1  # every answer is closed by this token
+            counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
             exact += [bool(part.all()) for part in hit.split(counts)]
             written += [part[:-1].tolist() for part in guess.split(counts)]
             answers += [tuple(part.tolist()) for part in targets.cpu().split(counts)]

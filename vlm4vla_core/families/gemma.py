@@ -89,6 +89,7 @@ _PALI: dict[str, Any] = {
     "model_types": ("paligemma",),
     "prompts": {"own": _PALI_PROMPT, "paper": _PALI_PROMPT},
     "answer_end": "<eos>",
+    "turn": "{text}\n",
     "image_token": "<image>",
     "query_token": "<unused0>",
     "special_tokens": ("<pad>", "<eos>", "<bos>", "<unk>", "<unused0>", "<image>"),
@@ -114,6 +115,7 @@ SPECS = (
         model_types=("gemma3",),
         prompts={"own": _GEMMA3_PROMPT, "paper": _GEMMA3_PROMPT},
         answer_end="<end_of_turn>",
+        turn="\n<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n",
         image_token="<image_soft_token>",
         query_token="<unused0>",
         special_tokens=(

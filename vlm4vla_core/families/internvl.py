@@ -44,6 +44,7 @@ SPECS = (
             ),
         },
         answer_end=_END,
+        turn="\n<|im_start|>user\n" + _ASSISTANT,
         image_token="<IMG_CONTEXT>",
         query_token="<|quad_start|>",
         special_tokens=(_PAD, "<|im_start|>", _END, "<|quad_start|>", "<img>", "</img>", "<IMG_CONTEXT>"),

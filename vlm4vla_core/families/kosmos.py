@@ -61,6 +61,7 @@ SPECS = (
             "paper": Prompt("<s><image>{image}</image><p>{text}\n</p>", "{instruction}"),
         },
         answer_end="</s>",
+        turn=" Question: {text} Answer:",
         image_token="</chunk>",
         query_token="</line>",
         special_tokens=("<s>", "<pad>", "</s>", "<unk>", "<image>", "</image>", "</chunk>", "</line>"),

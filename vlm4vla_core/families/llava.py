@@ -64,6 +64,7 @@ SPECS = (
         model_types=("llava_onevision",),
         prompts={"own": _PROMPT, "paper": _PROMPT},
         answer_end=_END,
+        turn="<|im_start|>user\n{text}<|im_end|><|im_start|>assistant\n",
         image_token="<image>",
         query_token="<video>",  # we show it no videos
         special_tokens=(_PAD, "<|im_start|>", _END, "<image>", "<video>"),

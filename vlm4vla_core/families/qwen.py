@@ -185,6 +185,7 @@ def _spec(name: str, **changes: Any) -> FamilySpec:
         name=name,
         model_types=(name,),
         answer_end=_END,
+        turn="\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
         image_token="<|image_pad|>",
         query_token="<|quad_start|>",
         special_tokens=SPECIAL_TOKENS,

@@ -59,6 +59,7 @@ def _spec(name: str, begin: str, **changes: Any) -> FamilySpec:
         model_types=(name,),
         prompts={"own": prompt, "paper": prompt},
         answer_end=_END,
+        turn="\nUser: {text}<end_of_utterance>\nAssistant:",
         image_token="<image>",
         query_token="<row_6_col_6>",  # marks a tile of a split image, so it never occurs here
         special_tokens=(

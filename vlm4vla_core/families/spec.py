@@ -91,7 +91,8 @@ class FamilySpec:
     model_types: values of `model_type` in a Hugging Face config that belong here; text_types: of its text config, where
     that tells two families apart. prompts: "own" (the checkpoint's) and "paper" (the authors'; the own one for families
     that the paper does not have). answer_end: the token that closes an answer. image_token: placeholder, once per image
-    token. image_ids: ids that stand for it in the model's input, where they are not its own. query_token: a reserved
+    token. turn: a further question about the same picture, from the answer's end to the next answer, with `{text}`.
+    image_ids: ids that stand for it in the model's input, where they are not its own. query_token: a reserved
     token that occurs in no prompt; its embedding is replaced by the query. special_tokens: of the tiny tokenizer, the
     padding token first. mean, std: normalisation of RGB in [0, 1]. image_size: pixels per side, None for the config's
     own. upscale: factor by which the authors' processors enlarged their 224 px images. extra_inputs: inputs without
@@ -109,6 +110,7 @@ class FamilySpec:
     model_types: tuple[str, ...]
     prompts: Mapping[str, Prompt]
     answer_end: str
+    turn: str
     image_token: str
     query_token: str
     special_tokens: tuple[str, ...]

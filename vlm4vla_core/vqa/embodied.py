@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -68,7 +68,9 @@ class _Facts(NamedTuple):
     stride: float  # usual largest translation of one step
     viewer: bool
     objects: np.ndarray | None  # (N, slots, 3)
+    plates: np.ndarray | None  # (N, plates, 2)
     names: list[list[str]]  # per episode
+    info: dict[str, list[str]]  # what the table of episodes says, per episode
 
 
 @lru_cache(maxsize=8)
@@ -81,13 +83,18 @@ def _facts(store: EpisodeStore) -> _Facts:
     thirds = {axis: np.quantile(state[:, columns[axis]], [1 / 3, 2 / 3]) for axis in _WORDS if not missing}
     gripper = state[:, columns["gripper"]] if not missing else np.zeros(1)
     low, high = float(gripper.min()), float(gripper.max())
-    objects, names = None, []
+    objects, plates, names = None, None, []
+    if PLATES in store.manifest["columns"]:
+        plates = store.column(PLATES).reshape(len(store), -1, 2)
     if OBJECTS in store.manifest["columns"] and "objects" in store.episodes:
         objects = store.column(OBJECTS).reshape(len(store), -1, 3)
         names = [[name for name in text.split(";") if name] for text in store.episodes["objects"]]
     halfway = (low + high) / 2 if high > low else None
     stride = float(np.median(np.abs(store.action[:, :3]).max(1)))
-    return _Facts(columns, reason, thirds, halfway, stride, _VIEW in store.convention.frame, objects, names)
+    told = ("domain", "plates", "family", "target", "task")
+    info = {name: store.episodes[name].astype(str).to_list() for name in told if name in store.episodes}
+    viewer = _VIEW in store.convention.frame
+    return _Facts(columns, reason, thirds, halfway, stride, viewer, objects, plates, names, info)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class _Scene:
 
     def info(self, name: str) -> str:
         """What the store's table of episodes says, "" where it says nothing."""
-        return str(self.store.episodes[name].iloc[self.episode]) if name in self.store.episodes else ""
+        return self.facts.info[name][self.episode] if name in self.facts.info else ""
 
     def places(self) -> dict[str, np.ndarray]:
         """Name and position (3,) of every object that is present."""
@@ -128,11 +135,12 @@ class _Scene:
         listed = zip(self.facts.names[self.episode], self.facts.objects[self.row], strict=False)
         return {name: place for name, place in listed if place.min() > _ABSENT}
 
+    @cached_property
     def sight(self) -> Sight:
         """What lies where, for questions of `general`."""
         assert self.view is not None
         places, plates = self.places(), tuple(name for name in self.info("plates").split(";") if name)
-        spots = self.store.column(PLATES)[self.row].reshape(-1, 2) if plates else np.zeros((0, 2))
+        spots = self.facts.plates[self.row] if self.facts.plates is not None else np.zeros((0, 2))
         return Sight(tuple(places), np.array(list(places.values())), plates, spots[: len(plates)], self.view)
 
 
@@ -153,6 +161,23 @@ def questions(
     Raises InputError with the reasons when nothing can be asked, NothingToAsk when only of this row, and on unknown
     kinds.
     """
+    return several(store, row, rng, 1, kinds=kinds, camera=camera, fast=fast)[0]
+
+
+def several(
+    store: EpisodeStore,
+    row: int,
+    rng: np.random.Generator,
+    count: int,
+    *,
+    kinds: Sequence[str] = (),
+    camera: str = "",
+    fast: FastTokenizer | None = None,
+) -> list[Question]:
+    """At most `count` questions about the picture at `row`, no two with the same words; the rest as `questions`.
+
+    Where there is a choice, several are about the row's own picture alone.
+    """
     reasons = availability(store, camera=camera, fast=fast)
     plain = all(reasons[kind] for kind in DEFAULT_KINDS) and not any(reasons[kind] for kind in GENERAL)
     kinds = expand(kinds) or (tuple(GENERAL) if plain else DEFAULT_KINDS)
@@ -165,8 +190,18 @@ def questions(
         raise NothingToAsk(
             f"row {row} has no question of kind {', '.join(kinds)}", where=store.path, fix="ask more kinds"
         )
-    kind, group = made[rng.integers(len(made))]
-    return Question(*group[rng.integers(len(group))], kind, _earlier(scene) if kind == "moved" else -1)
+    if count > 1:
+        made = [one for one in made if one[0] != "moved"] or made[:1]
+    drawn: list[Question] = []
+    while made and len(drawn) < count:
+        number = rng.integers(len(made))
+        kind, group = made[number]
+        words, answer = group[rng.integers(len(group))]
+        drawn.append(Question(words, answer, kind, _earlier(scene) if kind == "moved" else -1))
+        if len(drawn) < count:
+            left = [(kind, [one for one in group if one[0] != words]) for kind, group in made]
+            made = [(kind, group) for kind, group in left if group]
+    return drawn
 
 
 def expand(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -238,7 +273,7 @@ def _view(store: EpisodeStore, row: int, camera: str) -> Camera | None:
 
     if store.manifest["source"] != "tabletop" or (camera or store.cameras[0]) != "front":
         return None
-    look = LOOKS.get(store.episodes["domain"].iloc[store.episode_of[row]])
+    look = LOOKS.get(_facts(store).info["domain"][store.episode_of[row]])
     return look.camera if look else None
 
 
@@ -388,7 +423,7 @@ def _action_tokens(scene: _Scene) -> Groups:
 
 
 def _seen(ask: Callable[[Sight], Groups]) -> Callable[[_Scene], Groups]:
-    return lambda scene: ask(scene.sight())
+    return lambda scene: ask(scene.sight)
 
 
 KINDS: dict[str, Callable[[_Scene], Groups]] = {
