@@ -45,23 +45,28 @@ class CalvinSimulator:
         """Begin chain number `episode` of the official 1000, or, for practice, one task of the experts' in a scene of
         the training's (A, B, C in turn), drawn with `episode` as the seed."""
         if practice:
-            if task not in scripted.TASKS:
-                raise InputError(f"CALVIN has no scripted expert for '{task}'", fix=nearest(task, scripted.TASKS))
-            rng = np.random.default_rng([episode, 0xCA1])
-            self._open(TRAIN_SCENES[episode % len(TRAIN_SCENES)])
-            self._env.reset(np.array(chains.ROBOT_START), self._practice_scene(task, rng))
-            self._wander(rng)
-            self._tasks, self._words = (task,), [str(rng.choice(self._checkout.taught[task]))]
-        else:
-            if task != CHAIN or not 0 <= episode < chains.CHAINS:
-                what = f"no chain number {episode}" if task == CHAIN else f"no task '{task}'"
-                raise InputError(f"calvin-abc-d@1 has {what}", fix=f"give {CHAIN}, 0 to {chains.CHAINS - 1}")
-            chain = chains.official_chains()[episode]
-            self._open(TEST_SCENE)
-            self._env.reset(*chains.reset_state(chain.state))
-            self._tasks, self._words = chain.tasks, [self._checkout.asked[name][0] for name in chain.tasks]
-        self._done = self._steps = 0
-        self.running = True
+            return self.practise(task, episode, TRAIN_SCENES[episode % len(TRAIN_SCENES)])
+        if task != CHAIN or not 0 <= episode < chains.CHAINS:
+            what = f"no chain number {episode}" if task == CHAIN else f"no task '{task}'"
+            raise InputError(f"calvin-abc-d@1 has {what}", fix=f"give {CHAIN}, 0 to {chains.CHAINS - 1}")
+        chain = chains.official_chains()[episode]
+        self._open(TEST_SCENE)
+        self._env.reset(*chains.reset_state(chain.state))
+        return self._begin(chain.tasks, [self._checkout.asked[name][0] for name in chain.tasks])
+
+    def practise(self, task: str, seed: int, scene: str) -> tuple[Observation, str]:
+        """Begin one task of the experts' in a scene of choice, with doors, lights, blocks and arm as `seed` draws them,
+        asked in a phrase of CALVIN's training data."""
+        if task not in scripted.TASKS:
+            raise InputError(f"CALVIN has no scripted expert for '{task}'", fix=nearest(task, scripted.TASKS))
+        rng = np.random.default_rng([seed, 0xCA1])
+        self._open(scene)
+        self._env.reset(np.array(chains.ROBOT_START), self._practice_scene(task, rng))
+        self._wander(rng)
+        return self._begin((task,), [str(rng.choice(self._checkout.taught[task]))])
+
+    def _begin(self, tasks: tuple[str, ...], words: list[str]) -> tuple[Observation, str]:
+        self._tasks, self._words, self._done, self._steps, self.running = tasks, words, 0, 0, True
         self._ask()
         return self._observe(), self.instruction
 
