@@ -8,6 +8,7 @@ Trap: ManiSkill renders at every step; here its observation mode is "none" but w
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class SimplerBridge:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import mani_skill.envs  # noqa: F401  (registers the environments)
+        logging.getLogger("mani_skill").setLevel(logging.ERROR)  # it warns of its own tasks' settings at every reset
         self.instruction, self.renewed, self.running = "", False, False
         self._benchmark, self._gripper = benchmark, gripper
         self._env: Any = None
