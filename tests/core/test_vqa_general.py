@@ -146,7 +146,9 @@ def test_every_word_that_is_asked_or_told_is_one_token_of_the_tiny_tokenizer():
         for template in entry.templates + entry.held_out:
             texts |= {template.format(o="red cube", p="blue plate", d=words) for d in entry.directions or ("",)
                       for words in (*tasks.PHRASES.get(d, ("",)), *tasks.HELD_OUT_PHRASES.get(d, ("",)))}  # fmt: skip
-    texts |= {long.template.format(**dict.fromkeys("abcpq", "cyan cylinder")) for long in scenes.LONG.values()}
+    for long in scenes.LONG.values():
+        names = dict.fromkeys("abcpq", "cyan cylinder")
+        texts |= {template.format(**names) for template in long.templates + long.held_out}
     for name in families()[::4]:
         tokenizer = tiny_tokenizer(family(name))
         for text in texts:

@@ -10,8 +10,9 @@ Trap: they are rehearsals in a built-in world; a number from them never bears th
 
 from __future__ import annotations
 
+import importlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from vlm4vla_core.actions import TABLETOP, ActionConvention
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.sims.simulator import Observation, SimulatorBenchmark
 from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.env import CHAIN_TASK, BatchedEnv, step_limit
 from vlm4vla_core.sims.tabletop.looks import LOOKS
@@ -115,6 +117,20 @@ class Benchmark:
         last_step = self.success_rule == "last_step"
         return BatchedEnv(tasks, seeds, domains, self.image_size, last_step=last_step, held_out=self.held_out)
 
+    def make(self, options: Mapping[str, Any]) -> Tabletop:
+        """One world as a `Simulator`, for a worker process."""
+        return Tabletop(self)
+
+    def chosen(self, words: tuple[str, ...]) -> dict[str, Any]:
+        """The built-in protocols have no options. Raises InputError when one is given."""
+        if words:
+            raise InputError(f"{self.protocol} has no options", fix=f"leave {' '.join(words)} out")
+        return {}
+
+    def missing(self) -> list[str]:
+        """Nothing: it is built in."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """The whole protocol as JSON values."""
         return {
@@ -140,6 +156,54 @@ class Benchmark:
         }
 
 
+class Tabletop:
+    """One tabletop world behind the interface of `Simulator`."""
+
+    def __init__(self, bench: Benchmark) -> None:
+        self._bench = bench
+        self._env: Any = None
+
+    @property
+    def instruction(self) -> str:
+        return self._env.instructions[0]
+
+    @property
+    def renewed(self) -> bool:
+        return bool(self._env.renewed[0])
+
+    @property
+    def running(self) -> bool:
+        return bool(self._env.running[0])
+
+    def reset(self, task: str, episode: int, *, practice: bool = False) -> tuple[Observation, str]:
+        seed = recording_seed(task, 0, episode) if practice else self._bench.env_seed(task, episode)
+        self._env = self._bench.env([task], [seed])
+        return self._observation(), self.instruction
+
+    def _observation(self) -> Observation:
+        env = self._env
+        return Observation(world.proprioception(env.state)[0], lambda camera: env.observe([0], camera)[0])
+
+    def step(self, action: np.ndarray) -> Observation:
+        self._env.step(np.asarray(action)[None])
+        return self._observation()
+
+    def outcome(self) -> dict[str, Any]:
+        return self._env.outcome(0)
+
+    def expert(self) -> np.ndarray:
+        return self._env.expert()[0]
+
+    def snapshot(self) -> np.ndarray:
+        raise NotImplementedError("the tabletop world is recorded in batches (`sims.tabletop.demos`)")
+
+    def recall(self, snapshot: np.ndarray) -> Observation:
+        raise NotImplementedError("the tabletop world is recorded in batches (`sims.tabletop.demos`)")
+
+    def close(self) -> None:
+        self._env = None
+
+
 def _describe(task: str, *, held_out: bool) -> dict[str, Any]:
     """One task of a protocol as JSON values."""
     limit = {"step_limit": step_limit(task)}
@@ -148,9 +212,11 @@ def _describe(task: str, *, held_out: bool) -> dict[str, Any]:
         return {"success": "five asks done one after the other, each within its family's step limit", "parts": parts}
     if task in LONG:
         asks = [f"{ask.family}({ask.slot}, {ask.other}, {ask.direction})" for ask in LONG[task].asks]
-        return {"success": f"all hold at once: {'; '.join(asks)}", **limit, "templates": [LONG[task].template]}
-    family = FAMILIES[task]
-    return {"success": family.rule, **limit, "templates": list(family.held_out if held_out else family.templates)}
+        rule, words = f"all hold at once: {'; '.join(asks)}", LONG[task].held_out if held_out else LONG[task].templates
+    else:
+        family = FAMILIES[task]
+        rule, words = family.rule, family.held_out if held_out else family.templates
+    return {"success": rule, **limit, "templates": list(words)}
 
 
 _SEEN, _UNSEEN = ("A", "B", "C"), ("D",)
@@ -171,15 +237,33 @@ PROTOCOLS: dict[str, Benchmark] = {
                   tasks=TASKS, domains=_SEEN, train_domains=_SEEN),
         Benchmark("tabletop-words", 1, "single tasks in words that no demonstration uses, in the looks A, B, C",
                   tasks=TASKS, held_out=True, domains=_SEEN, train_domains=_SEEN),
+        Benchmark("tabletop-long-words", 1, "ten long tasks in words that no demonstration uses",
+                  tasks=tuple(LONG), held_out=True, domains=_SEEN, train_domains=_SEEN),
     )
 }  # fmt: skip
 
 
-def benchmark(protocol: str) -> Benchmark:
-    """The protocol of this name with version, such as "tabletop-abc-d@1". Raises InputError naming the known ones."""
-    if protocol not in PROTOCOLS:
-        raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, (*PROTOCOLS, "tabletop-vqa@1")))
-    return PROTOCOLS[protocol]
+SIMULATORS = ("libero", "simpler", "calvin")  # packages beside this file; none of them imports its simulator
+
+
+def simulators() -> dict[str, SimulatorBenchmark]:
+    """The protocols of the real simulators, by name with version."""
+    found: dict[str, SimulatorBenchmark] = {}
+    for name in SIMULATORS:
+        found |= importlib.import_module(f"vlm4vla_core.sims.{name}").PROTOCOLS
+    return found
+
+
+def benchmark(protocol: str) -> Any:
+    """The protocol of this name with version, such as "tabletop-abc-d@1": a `Benchmark` or a `SimulatorBenchmark`.
+    Raises InputError naming the known ones."""
+    if protocol in PROTOCOLS:
+        return PROTOCOLS[protocol]
+    others = simulators()
+    if protocol not in others:
+        known = (*PROTOCOLS, "tabletop-vqa@1", *others)
+        raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, known))
+    return others[protocol]
 
 
 def coverage(protocol: str, tasks: Iterable[str]) -> str:
@@ -189,7 +273,7 @@ def coverage(protocol: str, tasks: Iterable[str]) -> str:
     the tasks are listed.
     """
     ran = list(dict.fromkeys(tasks))
-    known = PROTOCOLS[protocol].tasks if protocol in PROTOCOLS else None
+    known = next((each[protocol].tasks for each in (PROTOCOLS, simulators()) if protocol in each), None)
     if known is None:
         return f"tasks {', '.join(ran)}"
     return (

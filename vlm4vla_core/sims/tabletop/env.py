@@ -39,7 +39,8 @@ def begin(task: str, seed: int, *, held_out: bool = False) -> scenes.Start:
         state = scenes.chain_start(seed)
         ask, words = scenes.chain_ask(state, seed, 0, held_out=held_out)
         return scenes.Start(state, (ask,), words)
-    return scenes.long_start(task, seed) if task in scenes.LONG else scenes.start(task, seed, held_out=held_out)
+    starts = scenes.long_start if task in scenes.LONG else scenes.start
+    return starts(task, seed, held_out=held_out)
 
 
 class BatchedEnv:

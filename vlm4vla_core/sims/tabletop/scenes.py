@@ -26,6 +26,8 @@ from vlm4vla_core.sims.tabletop.tasks import (
     check_task,
     fits,
     instruction,
+    object_names,
+    plate_names,
 )
 from vlm4vla_core.sims.tabletop.world import COLOURS, KINDS, PLATES, SLOTS, State
 
@@ -158,9 +160,11 @@ def chain_ask(state: State, seed: int, place: int, *, held_out: bool = False) ->
 @dataclass(frozen=True)
 class LongTask:
     """Several asks in one sentence, all of which have to hold at once. Objects are slots 0, 1, 2; {a}, {b}, {c} their
-    names, {p}, {q} those of the plates. first: asks that must fit at the start (later ones may need earlier ones)."""
+    names, {p}, {q} those of the plates. first: asks that must fit at the start (later ones may need earlier ones).
+    held_out: paraphrases that no demonstration uses."""
 
-    template: str
+    templates: tuple[str, ...]
+    held_out: tuple[str, ...]
     asks: tuple[Ask, ...]
     first: int
     step_limit: int
@@ -170,31 +174,66 @@ class LongTask:
 _ON, _OFF = Ask("switch", direction="on"), Ask("switch", direction="off")
 LONG: dict[str, LongTask] = {
     "two-plates": LongTask(
-        "put the {a} on the {p} and the {b} on the {q}", (Ask("put", 0, 0), Ask("put", 1, 1)), 2, 90
+        ("put the {a} on the {p} and the {b} on the {q}", "move the {a} to the {p} and the {b} to the {q}"),
+        ("bring the {a} to the {p} and the {b} to the {q}", "set the {b} down on the {q} and the {a} on the {p}"),
+        (Ask("put", 0, 0), Ask("put", 1, 1)), 2, 90,
     ),
     "tower": LongTask(
-        "stack the {b} on the {a} and the {c} on the {b}", (Ask("stack", 1, 0), Ask("stack", 2, 1)), 1, 100, (0, 1)
+        ("stack the {b} on the {a} and the {c} on the {b}",
+         "put the {b} on top of the {a} and the {c} on top of the {b}"),
+        ("set the {b} on the {a} and the {c} on the {b}", "stack the {c} on the {b} on the {a}"),
+        (Ask("stack", 1, 0), Ask("stack", 2, 1)), 1, 100, (0, 1),
     ),
-    "plate-and-light": LongTask("put the {a} on the {p} and turn on the light", (Ask("put", 0, 0), _ON), 2, 90),
-    "dark-plate": LongTask("turn off the light and put the {a} on the {q}", (_OFF, Ask("put", 0, 1)), 2, 90),
-    "stack-and-light": LongTask("stack the {b} on the {a} and turn on the light", (Ask("stack", 1, 0), _ON), 2, 90),
-    "dark-stack": LongTask("turn off the light and stack the {b} on the {a}", (_OFF, Ask("stack", 1, 0)), 2, 90),
+    "plate-and-light": LongTask(
+        ("put the {a} on the {p} and turn on the light", "turn the light on and place the {a} on the {p}"),
+        ("bring the {a} to the {p} and switch on the lamp", "turn the lamp on and set the {a} down on the {p}"),
+        (Ask("put", 0, 0), _ON), 2, 90,
+    ),
+    "dark-plate": LongTask(
+        ("turn off the light and put the {a} on the {q}", "move the {a} to the {q} and switch the light off"),
+        ("switch off the lamp and bring the {a} to the {q}", "set the {a} down on the {q} and turn the lamp off"),
+        (_OFF, Ask("put", 0, 1)), 2, 90,
+    ),
+    "stack-and-light": LongTask(
+        ("stack the {b} on the {a} and turn on the light", "turn the light on and put the {b} on top of the {a}"),
+        ("set the {b} on the {a} and switch on the lamp", "turn the lamp on and put the {b} onto the {a}"),
+        (Ask("stack", 1, 0), _ON), 2, 90,
+    ),
+    "dark-stack": LongTask(
+        ("turn off the light and stack the {b} on the {a}", "put the {b} on top of the {a} and switch the light off"),
+        ("switch off the lamp and set the {b} on the {a}", "put the {b} onto the {a} and turn the lamp off"),
+        (_OFF, Ask("stack", 1, 0)), 2, 90,
+    ),
     "served-stack": LongTask(
-        "put the {a} on the {p} and stack the {b} on it", (Ask("put", 0, 0), Ask("stack", 1, 0)), 1, 100, (0,)
+        ("put the {a} on the {p} and stack the {b} on it", "place the {a} on the {p} and the {b} on top of it"),
+        ("bring the {a} to the {p} and put the {b} onto it", "set the {b} on the {a} and the {a} on the {p}"),
+        (Ask("put", 0, 0), Ask("stack", 1, 0)), 1, 100, (0,),
     ),
     "plate-and-stack": LongTask(
-        "put the {c} on the {p} and stack the {b} on the {a}", (Ask("put", 2, 0), Ask("stack", 1, 0)), 2, 100
+        ("put the {c} on the {p} and stack the {b} on the {a}", "stack the {b} on the {a} and move the {c} to the {p}"),
+        ("bring the {c} to the {p} and put the {b} onto the {a}", "set the {b} on the {a} and the {c} on the {p}"),
+        (Ask("put", 2, 0), Ask("stack", 1, 0)), 2, 100,
     ),
-    "light-and-pick": LongTask("turn on the light and pick up the {a}", (_ON, Ask("pick", 0)), 2, 80),
-    "plate-and-pick": LongTask("put the {a} on the {p} and pick up the {b}", (Ask("put", 0, 0), Ask("pick", 1)), 2, 80),
-}
+    "light-and-pick": LongTask(
+        ("turn on the light and pick up the {a}", "switch the light on and lift the {a}"),
+        ("switch on the lamp and take the {a}", "raise the {a} and turn the lamp on"),
+        (_ON, Ask("pick", 0)), 2, 80,
+    ),
+    "plate-and-pick": LongTask(
+        ("put the {a} on the {p} and pick up the {b}", "move the {a} to the {p} and lift the {b}"),
+        ("bring the {a} to the {p} and take the {b}", "set the {a} down on the {p} and raise the {b}"),
+        (Ask("put", 0, 0), Ask("pick", 1)), 2, 80,
+    ),
+}  # fmt: skip
 
 
-def long_start(task: str, seed: int) -> Start:
-    """The initial state, asks and instruction of a long task; a pure function of (task, seed)."""
+def long_start(task: str, seed: int, *, held_out: bool = False) -> Start:
+    """The initial state, asks and instruction of a long task; a pure function of (task, seed, held_out)."""
     entry, rng = LONG[task], _rng(task, seed)
     drawn = _fitting(rng, 3, entry.asks[: entry.first], flat=entry.flat)
-    names = [f"{COLOURS[drawn.colour[0, k]]} {KINDS[drawn.kind[0, k]]}" for k in range(3)]
-    plates = [f"{COLOURS[colour]} plate" for colour in drawn.plate_colour[0]]
-    words = entry.template.format(a=names[0], b=names[1], c=names[2], p=plates[0], q=plates[1])
-    return Start(drawn, entry.asks, words)
+    a, b, c = object_names(drawn, 0)
+    p, q = plate_names(drawn, 0)
+    template = str(
+        rng.choice(entry.held_out if held_out else entry.templates)
+    )  # after the scene, which stays as it was
+    return Start(drawn, entry.asks, template.format(a=a, b=b, c=c, p=p, q=q))
