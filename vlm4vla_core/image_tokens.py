@@ -30,6 +30,12 @@ def image_tokens(backbone: Backbone, images: Tensor) -> Tensor:
     return torch.cat([part.reshape(len(images), -1, backbone.hidden_size) for part in whole], dim=-1)
 
 
+def token_shape(backbone: Backbone) -> tuple[int, int]:
+    """(n, (1 + layers) D) of `image_tokens`."""
+    layers = len(getattr(backbone.base.config.vision_config, "deepstack_visual_indexes", None) or ())
+    return backbone.geometry.tokens, (1 + layers) * backbone.hidden_size
+
+
 def on_grid(backbone: Backbone, tokens: Tensor) -> Tensor:
     """The projector's output on the grid of the whole picture: (B, side², D), row by row from the top left."""
     side = backbone.geometry.grid // backbone.geometry.merge

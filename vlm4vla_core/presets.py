@@ -26,7 +26,7 @@ OPERATIONAL = frozenset({
     "snapshots", "parallel", "rollout_every", "rollout_benchmark", "rollout_tasks", "rollout_episodes",
 })  # fmt: skip
 
-
+DRAWN = ("tiny", "nano")  # backbones that are drawn from the seed, not read
 Part = Literal["vision", "projector", "decoder", "word_embeddings"]
 Objective = Literal["action", "language", "fast", "dense"]
 
@@ -37,9 +37,11 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     backbone: str = "tiny"
-    """`tiny`, a Hugging Face folder or hub id, or a checkpoint or run to go on from, which keeps its own options."""
+    """`tiny`, `nano`, a Hugging Face folder or hub id, or a checkpoint or run to go on from, which keeps its options."""
     family: str = "qwen2_5_vl"
-    """Family of the tiny backbone."""
+    """Family of the tiny or nano backbone."""
+    size: Literal["xs", "s", "m", "l"] = "s"
+    """Size of the nano backbone (see docs/nano-zoo.md)."""
     init: Literal["pretrained", "scratch"] = "pretrained"
     """scratch: draw the weights anew, from the seed."""
     scratch: tuple[Literal["vision", "projector", "decoder"], ...] = ("vision", "projector", "decoder")
@@ -53,6 +55,8 @@ class TrainConfig(BaseModel):
     """Kinds of questions of the language objective (see docs/auxiliary-data.md); all simple ones by default."""
     questions_per_picture: int = Field(default=1, ge=1)
     """Most questions about one picture, one after the other in one sequence; each is asked once."""
+    cache_features: bool = False
+    """Compute the image tokens of a frozen tower once, keep them in RUN/features and train on them."""
     dense_targets: tuple[Literal["presence", "position", "gripper", "depth", "segmentation"], ...] = ()
     """What the dense objective learns; all that the stores have by default."""
     fast_vocab: int = Field(default=1024, ge=2)
@@ -186,6 +190,13 @@ class TrainConfig(BaseModel):
             raise ValueError("auxiliary objectives are language, fast and dense, beside another objective")
         if any(not 0 < weight < float("inf") for weight in self.auxiliary.values()):
             raise ValueError("weights of auxiliary objectives must be positive numbers")
+        if self.cache_features:
+            if left := sorted({"vision", "projector"} - set(self.freeze)):
+                raise ValueError(f"cache_features needs a frozen tower; add {left[0]} to freeze")
+            for name, value in (("augmentation", self.augmentation != "none"), ("dropout", self.dropout),
+                                ("skip_corrupt", self.skip_corrupt), ("parallel fsdp", self.parallel == "fsdp")):  # fmt: skip
+                if value:
+                    raise ValueError(f"cache_features goes without {name}")
         if self.patience and not self.val_every:
             raise ValueError("patience needs val_every")
         if self.rollout_every and self.objective != "action":
@@ -212,7 +223,7 @@ class TrainConfig(BaseModel):
         A backbone's path is left out: its content is among the run's inputs.
         """
         value = self.model_dump(mode="json", exclude=set(OPERATIONAL))
-        return value if self.backbone == "tiny" else {**value, "backbone": "given"}
+        return value if self.backbone in DRAWN else {**value, "backbone": "given"}
 
 
 # All that the authors chose. Batches are of 8 GPUs; their `run.sh` starts 4, which halves them.

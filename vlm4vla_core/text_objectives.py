@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm4vla_core.errors import InputError
 from vlm4vla_core.objectives import Objective
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.training_data import Data, Draw
@@ -32,12 +33,17 @@ def language_objective(config: TrainConfig, data: Data, backbone: Backbone) -> O
     A row that allows none of the kinds asked for (an end of an episode has no next action) is asked any question; one
     about two moments shows them side by side. `questions_per_picture` are packed into one sequence.
     """
-    from vlm4vla_core.vqa.embodied import NothingToAsk, beside, several
+    from vlm4vla_core.vqa.embodied import NothingToAsk, beside, expand, several
+
+    # Two pictures in one have no features of their own among those of the store's frames.
+    kinds = tuple(kind for kind in expand(config.questions) if kind != "moved" or not config.cache_features)
+    if config.questions and not kinds:
+        raise InputError("questions about two moments cannot be asked of cached features", fix="ask other questions")
 
     def ask(which: int, row: int, rng: np.random.Generator) -> list[Question]:
         store, camera, count = data.stores[which], data.cameras[which], config.questions_per_picture
         try:
-            return several(store, row, rng, count, kinds=config.questions, camera=camera)
+            return several(store, row, rng, count, kinds=kinds, camera=camera)
         except NothingToAsk:
             return several(store, row, rng, count, camera=camera)
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from vlm4vla_core import checkpoint, faults, folders, trajectory
+from vlm4vla_core.cached import on_cached_features
 from vlm4vla_core.devices import Devices
 from vlm4vla_core.episodes.sampling import rank_slice
 from vlm4vla_core.errors import InputError
@@ -106,6 +107,8 @@ class _Run:
         if devices.first and not (out / "run.json").exists():
             value = describe(config, data, inputs, self.model, processes=devices.world, device=devices.device.type)
             folders.write_json(out / "run.json", value)
+        if config.cache_features:  # after run.json, so that a run that is killed meanwhile can go on
+            self.objectives = on_cached_features(config, data, self.backbone, self.objectives, out, devices)
 
     # --- checkpoints and log
 

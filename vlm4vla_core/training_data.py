@@ -53,6 +53,7 @@ class Data:
         self.stats = stores[0].stats["action"] if len(stores) == 1 else self.mixture.action_statistics()
         self.val = self._spread(config.val_rows)
         self.skipped = 0
+        self.blank = False  # whether pictures are not looked at, because their image tokens are there (`cached`)
 
     def _spread(self, wanted: int) -> Draw:
         """Held-out rows, evenly spread over all stores."""
@@ -70,6 +71,8 @@ class Data:
 
     def images(self, draw: Draw, size: int) -> np.ndarray:
         """uint8 (B, size, size, 3)."""
+        if self.blank:
+            return np.broadcast_to(np.uint8(0), (len(draw.rows), size, size, 3))
         found = np.empty((len(draw.rows), size, size, 3), np.uint8)
         for part in np.unique(draw.which):
             mine = draw.which == part

@@ -128,10 +128,11 @@ def dense_metrics(
             out = {name: value.cpu() for name, value in outputs(inputs).items() if name in settings}
             for name, value in dense_losses(out, inputs).items():
                 key = name if name == "loss" else f"loss_{name}"
-                sums[key] = sums.get(key, 0.0) + float(value) * len(inputs["images"])
+                sums[key] = sums.get(key, 0.0) + float(value) * len(next(iter(out.values())))
             for name, value in out.items():
-                for key, part in ((name, value), (f"dense_{name}", None), (f"dense_{name}_mask", None)):
-                    kept.setdefault(key, []).append(inputs[key] if part is None else part)
+                kept.setdefault(name, []).append(value)
+                for key in (f"dense_{name}", f"dense_{name}_mask"):
+                    kept.setdefault(key, []).append(inputs[key])
     every = {name: torch.cat(values) for name, values in kept.items()}
     found: dict[str, Any] = {name: value / rows for name, value in sums.items()}
     for name in settings:
