@@ -52,7 +52,7 @@ def on_cached_features(
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad and groups[name].split(".")[0] in ("vision", "projector"):
             raise InputError(f"features cannot be cached while {name} is trained", fix="freeze vision and projector")
-    facts = {
+    facts: dict[str, Any] = {
         "weights": _fingerprint(backbone),
         "stores": [store.fingerprint for store in data.stores],
         "cameras": data.cameras,

@@ -193,10 +193,9 @@ class TrainConfig(BaseModel):
         if self.cache_features:
             if left := sorted({"vision", "projector"} - set(self.freeze)):
                 raise ValueError(f"cache_features needs a frozen tower; add {left[0]} to freeze")
-            for name, value in (("augmentation", self.augmentation != "none"), ("dropout", self.dropout),
-                                ("skip_corrupt", self.skip_corrupt), ("parallel fsdp", self.parallel == "fsdp")):  # fmt: skip
-                if value:
-                    raise ValueError(f"cache_features goes without {name}")
+            others = {"augmentation": "none", "dropout": False, "skip_corrupt": False, "parallel": "ddp"}
+            if changed := [name for name, value in others.items() if getattr(self, name) != value]:
+                raise ValueError(f"cache_features needs {changed[0]} = {others[changed[0]]}")
         if self.patience and not self.val_every:
             raise ValueError("patience needs val_every")
         if self.rollout_every and self.objective != "action":
