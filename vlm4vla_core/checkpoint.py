@@ -279,10 +279,15 @@ def _rebuild(description: dict[str, Any], tokenizer: Any, seed: int | None = Non
     head = None
     if seed is not None:
         base, head = draw(config, spec, seed, untied=description["untied_head"], **made)
-        if description["lineage"].get("source", "").startswith("tiny "):
+        source, generator = description["lineage"].get("source", ""), torch.Generator().manual_seed(seed)
+        if source.startswith("tiny "):
             from vlm4vla_core.tiny import initialise
 
-            initialise(base, spec, torch.Generator().manual_seed(seed))
+            initialise(base, spec, generator)
+        elif source.startswith("nano "):
+            from vlm4vla_core.nano import initialise as initialise_nano
+
+            initialise_nano(base, spec, generator)
     else:
         with torch.random.fork_rng(devices=[]), _without_init():
             base = AutoModel.from_config(config, **made)
@@ -357,7 +362,8 @@ def restore_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.opt
         raise InputError("this checkpoint holds no training state to resume from", where=folder)
     from vlm4vla_core.sharding import as_sharded
 
-    own, state = dict(model.named_parameters()), {}
+    own = dict(model.named_parameters())
+    state: dict[Any, dict[str, Any]] = {}
     for name, value in read_tensors(folder / STATE).items():
         key, parameter = name.split("/", 1)
         state.setdefault(parameter, {})[key] = as_sharded(value, own.get(parameter))

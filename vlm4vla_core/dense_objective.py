@@ -21,6 +21,7 @@ from vlm4vla_core.errors import InputError
 from vlm4vla_core.image_tokens import image_tokens, on_grid
 from vlm4vla_core.objectives import Objective
 from vlm4vla_core.presets import TrainConfig
+from vlm4vla_core.sims.tabletop.world import COLOURS
 from vlm4vla_core.training_data import Data, Draw
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _ABSENT = -0.99  # coordinates below this mean that the slot is empty
 _SAMPLED = 256  # frames whose depth sets the scale
+_COLOURED = tuple(f"{colour} {what}" for what in ("object", "plate") for colour in COLOURS)
 Found = tuple[np.ndarray, np.ndarray]  # values (B, n, k) float32 and mask (B, n) bool
 
 
@@ -109,12 +111,12 @@ def _wanted(config: TrainConfig, sources: list[DenseTargets]) -> tuple[str, ...]
 def _settings(name: str, sources: list[DenseTargets], data: Data) -> dict[str, Any]:
     """Classes of a target, or mean and standard deviation of its numbers over training rows."""
     having = [source for source in sources if not source.missing[name]]
-    if name in ("presence", "segmentation"):
-        listed = [source.classes if name == "presence" else source.segments for source in having]
+    if name in ("presence", "segmentation", "offset"):
+        listed = [source.segments if name == "segmentation" else source.classes for source in having]
         longest = max(listed, key=len)
         if any(names != longest[: len(names)] for names in listed):
             raise InputError(f"the stores name different classes of {name}", fix="leave it out of dense_targets")
-        return {"classes": list(longest)}
+        return {"classes": list(_COLOURED if name == "offset" else longest)}
     parts = []
     for source, rows in zip(sources, data.mixture.train, strict=True):
         if not source.missing[name]:
@@ -162,7 +164,7 @@ class DenseTargets:
             layer: "" if self.camera in manifest.get(layer, {}) else f"the store has no {layer}"
             for layer in ("depth", "segmentation")
         }
-        return {"presence": placed, "position": placed, "gripper": gripper, **told}
+        return {"presence": placed, "position": placed, "offset": placed, "gripper": gripper, **told}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -186,6 +188,8 @@ class DenseTargets:
         """One target of B rows: values (B, n, k), standardised where they are numbers, and mask (B, n)."""
         if name == "presence":
             return self._presence(rows)
+        if name == "offset":
+            return self._offset(rows)
         if name == "segmentation":
             return self._shares(rows, len(settings["classes"]), hand)
         values, mask = {"position": self._position, "gripper": self._gripper, "depth": self._depth}[name](rows)
@@ -207,8 +211,9 @@ class DenseTargets:
         return self.store.manifest["source"] == "tabletop"
 
     @cached_property
-    def _objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of objects and plates: cell (N, M), -1 outside; class (E, M), -1 for none; x and y (N, M, 2) m."""
+    def _objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of objects and plates: cell (N, M), -1 outside; class (E, M), -1 for none; x and y (N, M, 2) m; offset from
+        the cell's centre (N, M, 2) cell sides."""
         from vlm4vla_core.sims.tabletop.looks import LOOKS
         from vlm4vla_core.vqa.embodied import OBJECTS, PLATES
 
@@ -227,7 +232,8 @@ class DenseTargets:
             spots[domains == domain] = LOOKS[domain].camera.project(points[domains == domain])[0]
         cell = self._cell(spots[..., 0]) + self.side * self._cell(spots[..., 1])
         seen = ((spots >= 0) & (spots < self.side * self._step)).all(-1) & (points.min(-1) > _ABSENT)
-        return np.where(seen & (kinds[store.episode_of] >= 0), cell, -1), kinds, points[..., :2]
+        offset = np.mod(spots / self._step, 1.0) - 0.5
+        return np.where(seen & (kinds[store.episode_of] >= 0), cell, -1), kinds, points[..., :2], offset
 
     @property
     def _step(self) -> float:
@@ -238,14 +244,24 @@ class DenseTargets:
         return np.floor(fraction / self._step).astype(np.int64)
 
     def _presence(self, rows: np.ndarray) -> Found:
-        cell, kinds, _ = self._objects
+        cell, kinds, _, _ = self._objects
         values = np.zeros((len(rows), self.cells, len(self.classes)), np.float32)
         picture, slot = np.nonzero(cell[rows] >= 0)
         values[picture, cell[rows][picture, slot], kinds[self.store.episode_of[rows]][picture, slot]] = 1
         return values, np.ones(values.shape[:2], bool)
 
+    def _offset(self, rows: np.ndarray) -> Found:
+        cell, kinds, _, offset = self._objects
+        values = np.full((len(rows), self.cells, len(_COLOURED), 2), np.nan, np.float32)
+        picture, slot = np.nonzero(cell[rows] >= 0)
+        which = kinds[self.store.episode_of[rows]][picture, slot]
+        colour = which % len(COLOURS) + len(COLOURS) * (which >= len(self.classes) - len(COLOURS))  # plates come last
+        values[picture, cell[rows][picture, slot], colour] = offset[rows][picture, slot]
+        values = values.reshape(len(rows), self.cells, -1)
+        return values, ~np.isnan(values).all(-1)
+
     def _position(self, rows: np.ndarray) -> Found:
-        cell, _, xy = self._objects
+        cell, _, xy, _ = self._objects
         picture, slot = np.nonzero(cell[rows] >= 0)
         place = picture * self.cells + cell[rows][picture, slot]
         count = np.bincount(place, minlength=len(rows) * self.cells)

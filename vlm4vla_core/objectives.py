@@ -74,9 +74,14 @@ def start(config: TrainConfig, inputs: dict[str, str]) -> Backbone:
     from vlm4vla_core.backbone import load_backbone, tiny
     from vlm4vla_core.freezing import freeze
     from vlm4vla_core.lora import add_lora
+    from vlm4vla_core.nano import nano
 
     writes = set(config.objectives()) != {"action"}
-    if config.backbone == "tiny":
+    if config.backbone == "nano":
+        backbone = nano(
+            config.family, config.size, seed=config.seed, image_size=config.image_size or 112, options=config.options()
+        )
+    elif config.backbone == "tiny":
         backbone = tiny(
             config.family, seed=config.seed, image_size=config.image_size or 112, options=config.options(),
             language_head=writes,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm4vla_core.presets import TrainConfig
+from vlm4vla_core.presets import DRAWN, TrainConfig
 
 
 def plan(config: TrainConfig, data: Sequence[Path]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def plan(config: TrainConfig, data: Sequence[Path]) -> dict[str, Any]:
 
 def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str]:
     """Parameters, trained parameters, and tokens of a sample (measured where the model is built, else of its image)."""
-    if config.backbone == "tiny":
+    if config.backbone in DRAWN:
         from vlm4vla_core.objectives import build
 
         model, _ = build(config, data, {})

@@ -37,7 +37,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     backbone: str = "tiny"
-    """`tiny`, `nano`, a Hugging Face folder or hub id, or a checkpoint or run to go on from, which keeps its options."""
+    """`tiny`, `nano`, a Hugging Face folder or hub id, or a checkpoint or run to go on from, with its own options."""
     family: str = "qwen2_5_vl"
     """Family of the tiny or nano backbone."""
     size: Literal["xs", "s", "m", "l"] = "s"
@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
     """Most questions about one picture, one after the other in one sequence; each is asked once."""
     cache_features: bool = False
     """Compute the image tokens of a frozen tower once, keep them in RUN/features and train on them."""
-    dense_targets: tuple[Literal["presence", "position", "gripper", "depth", "segmentation"], ...] = ()
+    dense_targets: tuple[Literal["presence", "position", "gripper", "depth", "segmentation", "offset"], ...] = ()
     """What the dense objective learns; all that the stores have by default."""
     fast_vocab: int = Field(default=1024, ge=2)
     """Action tokens of the fast objective, at most; fewer when the vocabulary has no room."""

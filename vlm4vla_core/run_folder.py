@@ -17,11 +17,9 @@ from typing import TYPE_CHECKING, Any
 from vlm4vla_core import checkpoint, folders
 from vlm4vla_core.episodes.store import REMAKE
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.presets import TrainConfig
+from vlm4vla_core.presets import DRAWN, TrainConfig
 
 if TYPE_CHECKING:
-    import torch
-
     from vlm4vla_core.training_data import Data
 
 STOPPED = "stopped.json"
@@ -31,7 +29,7 @@ def run_inputs(config: TrainConfig, data: Sequence[Path]) -> dict[str, str]:
     """Fingerprints of what a run is made from: its stores and, where given, its backbone. Raises InputError."""
     stores = [folders.read_manifest(path, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE) for path in data]
     inputs = {"data": "+".join(store["fingerprint"] for store in stores)}
-    if config.backbone != "tiny":
+    if config.backbone not in DRAWN:
         inputs["backbone"] = backbone_fingerprint(config.backbone)
     return inputs
 
@@ -106,7 +104,7 @@ def prune(out: Path, keep_last: int, best: int | None) -> None:
 
 
 def describe(
-    config: TrainConfig, data: Data, inputs: dict[str, str], model: torch.nn.Module, *, processes: int, device: str
+    config: TrainConfig, data: Data, inputs: dict[str, str], model: Any, *, processes: int, device: str
 ) -> dict[str, Any]:
     """What run.json holds: settings, data, parameters, devices."""
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -10,6 +10,7 @@ a family is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.families import FamilySpec, family
@@ -42,11 +43,12 @@ way what where which white width with yellow yes you zero
 _CAPITALS = ("Answer", "Did", "How", "Is", "List", "Point", "The", "Through", "What", "Where", "Which")
 
 
-def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(spec: FamilySpec | None = None, phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of about 600 entries: a family's special tokens, bytes, common words of manipulation.
 
     A listed word is one token, with or without the blank before it; any other text falls back to bytes, so
-    every text can be encoded and decoded. There are no merges to train, so it is the same everywhere.
+    every text can be encoded and decoded. There are no merges to train, so it is the same everywhere. phrases: further
+    texts that are one token each.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -64,7 +66,7 @@ def tiny_tokenizer(spec: FamilySpec | None = None) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    core.add_tokens([AddedToken(phrase, normalized=False) for phrase in _PHRASES])
+    core.add_tokens([AddedToken(phrase, normalized=False) for phrase in (*_PHRASES, *phrases)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=spec.answer_end,

@@ -112,9 +112,9 @@ def dense_metrics(
 
     loss, loss_NAME: as in training. presence_precision: average precision over all cells and classes; presence_share:
     of what is there, that of chance. position_cm: mean distance of x and y in cells with an object; gripper_cm: of the
-    mean over tokens from the gripper's x, y, z; depth_cm: mean absolute; constant_…: of each place's own mean.
-    gripper_open: accuracy; gripper_majority: of the commoner state. segmentation: cells whose commonest class is right;
-    segmentation_majority: of each place's commonest class.
+    mean over tokens from the gripper's x, y, z; depth_cm: mean absolute; constant_…: of each place's own mean. offset:
+    mean absolute error per axis in cell sides. gripper_open: accuracy; gripper_majority: of the commoner state.
+    segmentation: cells whose commonest class is right; segmentation_majority: of each place's commonest class.
     """
     import torch
 
@@ -144,6 +144,8 @@ def dense_metrics(
                 "presence_precision": average_precision(value[mask].flatten().numpy(), target[mask].flatten().numpy()),
                 "presence_share": float(target[mask].mean()),
             }
+        elif name == "offset":
+            found["offset"] = float((value - target).abs().nanmean())
         elif name == "segmentation":
             seen = mask & (target.max(-1).values > 0)
             commonest = target.sum(0).argmax(-1).expand(len(target), -1)  # (B, n)

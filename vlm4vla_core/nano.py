@@ -1,0 +1,224 @@
+"""Nano members of the real model classes, 0.5 to 5 million parameters: small enough to train from nothing on two cores.
+
+A nano model is drawn from a seed (`nano`), pretrained by ordinary training configs (`data/nano/recipes`), and shipped
+in `data/nano` with a card (`ship`). Classes are transformers' own, unmodified. Pictures are 112 px in patches of 14.
+
+Trap: next-token loss alone does not teach such a model to see within minutes. The dense stage first, then language on
+the frozen tower's features, then both together; docs/nano-zoo.md has the numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.families import FamilySpec, family
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlm4vla_core.backbone import Backbone
+    from vlm4vla_core.options import BackboneOptions
+
+IMAGE, PATCH = 112, 14  # pixels
+DEFAULT = "data/nano/default"
+_SCALE = 0.15  # of the last norm: with word embeddings of std 0.5, tied logits start near the uniform distribution
+
+
+@dataclass(frozen=True)
+class NanoSize:
+    """Widths and layers of the vision tower and the decoder; merge: patches per side of an image token, where the
+    family merges any."""
+
+    vision_width: int
+    vision_layers: int
+    width: int
+    layers: int
+    heads: int
+    merge: int
+
+
+SIZES = {
+    "xs": NanoSize(64, 2, 96, 3, 4, merge=2),
+    "s": NanoSize(64, 2, 96, 3, 4, merge=1),
+    "m": NanoSize(96, 3, 128, 4, 4, merge=1),
+    "l": NanoSize(128, 4, 192, 5, 6, merge=1),
+}
+
+
+def nano(
+    name: str = "paligemma",
+    size: str = "s",
+    *,
+    seed: int = 0,
+    image_size: int = IMAGE,
+    options: BackboneOptions | None = None,
+) -> Backbone:
+    """A nano member of a family's real class, randomly initialised, on the CPU in fp32; its output layer is tied.
+
+    The same seed gives the same weights; torch's global random state is left alone. Raises InputError on an unknown
+    family or size.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from vlm4vla_core.backbone import Backbone
+    from vlm4vla_core.tiny import tiny_tokenizer
+
+    spec, sizes = family(name), _size(size)
+    if name not in FAMILIES:
+        raise InputError(f"no nano member of the family '{name}'", fix=nearest(name, FAMILIES))
+    tokenizer = tiny_tokenizer(spec, _PHRASES)
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in spec.special_tokens}
+    config = FAMILIES[name](sizes, {**ids, "vocab": len(tokenizer)}, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = AutoModel.from_config(config, attn_implementation=spec.attention, dtype=torch.float32)
+    initialise(base, spec, torch.Generator().manual_seed(seed))
+    lineage = {"source": f"nano {name} {size}", "init": "scratch", "init_seed": seed}
+    return Backbone(base, tokenizer, spec, image_size, options=options, seed=seed, lineage=lineage).eval()
+
+
+def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
+    """`tiny.initialise`, and a small last norm that keeps tied logits near 0."""
+    import torch
+
+    from vlm4vla_core.tiny import initialise as draw
+
+    draw(base, spec, generator)
+    with torch.no_grad():  # Gemma's norms multiply by 1 + weight
+        base.get_submodule(spec.norm).weight.fill_(_SCALE - (spec.embed_scale == "inside"))
+
+
+def _size(name: str) -> NanoSize:
+    if name not in SIZES:
+        raise InputError(f"unknown nano size '{name}'", fix=nearest(name, SIZES))
+    return SIZES[name]
+
+
+# --- configs ------------------------------------------------------------------------------------------------
+
+# The questions of `vqa.general` and their lists of options, each one token: a training step pays for what differs.
+_PHRASES = (
+    "What color is the", ": red, green, blue, yellow, purple or cyan?",
+    "What shape is the", " object: cube, ball or cylinder?",
+    "How many", " are there: zero, one, two, three or four?",
+    "Is the", " left of the", " behind the", ", yes or no?",
+    "Which object is closest to the",
+    "Where is the", ", in column one to eight and row one to six?",
+    "List the objects from left to right.",
+)  # fmt: skip
+
+
+def _text(size: NanoSize, ids: dict[str, int], pad: str, end: str, **changes: Any) -> dict[str, Any]:
+    from vlm4vla_core.families.spec import tiny_text
+
+    # The published rotary base of 1e6 hardly turns over so few positions.
+    rope = {"rope_type": "default", "rope_theta": 10.0}
+    own = {
+        "hidden_size": size.width, "intermediate_size": 3 * size.width, "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
+    }  # fmt: skip
+    extra = changes.pop("rope", {})
+    return tiny_text(ids, pad, end, **own, rope_parameters={**rope, **extra}, **changes)
+
+
+def _vision(size: NanoSize, **changes: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": size.vision_width, "intermediate_size": 3 * size.vision_width,
+        "num_hidden_layers": size.vision_layers, "num_attention_heads": size.vision_width // 32,
+        **changes,
+    }  # fmt: skip
+
+
+def _qwen(kind: str, size: NanoSize, ids: dict[str, int], image: int, vision: dict[str, Any], **rope: Any) -> Any:
+    from transformers import AutoConfig
+
+    half = size.width // size.heads // 2
+    axis = half * 3 // 8
+    text = _text(
+        size, ids, "<|endoftext|>", "<|im_end|>", rope={"mrope_section": [half - 2 * axis, axis, axis], **rope}
+    )
+    common = {
+        "depth": size.vision_layers, "hidden_size": size.vision_width, "intermediate_size": 3 * size.vision_width,
+        "num_heads": size.vision_width // 32, "out_hidden_size": size.width, "patch_size": PATCH,
+        "spatial_merge_size": size.merge, "temporal_patch_size": 1,
+    }  # fmt: skip
+    return AutoConfig.for_model(
+        kind, text_config=text, vision_config={**common, **vision}, tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+
+
+def _qwen2_5_vl(size: NanoSize, ids: dict[str, int], image: int) -> Any:
+    vision = {"window_size": image, "fullatt_block_indexes": list(range(size.vision_layers))}
+    return _qwen("qwen2_5_vl", size, ids, image, vision)
+
+
+def _qwen3_vl(size: NanoSize, ids: dict[str, int], image: int) -> Any:
+    vision = {"num_position_embeddings": (image // PATCH) ** 2, "deepstack_visual_indexes": []}
+    return _qwen("qwen3_vl", size, ids, image, vision, mrope_interleaved=True)
+
+
+def _paligemma(size: NanoSize, ids: dict[str, int], image: int) -> Any:
+    from transformers import PaliGemmaConfig
+
+    tower = {"model_type": "siglip_vision_model", "image_size": image, "patch_size": PATCH, "vision_use_head": False}
+    return PaliGemmaConfig(
+        text_config=_text(size, ids, "<pad>", "<eos>", model_type="gemma"),
+        vision_config=_vision(size, **tower, projection_dim=size.width),
+        projection_dim=size.width,
+        hidden_size=size.width,
+        image_token_index=ids["<image>"],
+    )
+
+
+def _internvl(size: NanoSize, ids: dict[str, int], image: int) -> Any:
+    from transformers import InternVLConfig
+
+    return InternVLConfig(
+        text_config=_text(size, ids, "<|endoftext|>", "<|im_end|>", model_type="qwen3"),
+        vision_config=_vision(size, image_size=[image, image], patch_size=[PATCH, PATCH]),
+        downsample_ratio=1 / size.merge,
+        image_token_id=ids["<IMG_CONTEXT>"],
+        tie_word_embeddings=True,
+    )
+
+
+def _smolvlm(size: NanoSize, ids: dict[str, int], image: int) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        "smolvlm",
+        text_config=_text(size, ids, "<|im_end|>", "<end_of_utterance>", model_type="llama"),
+        vision_config=_vision(size, image_size=image, patch_size=PATCH),
+        scale_factor=size.merge,
+        image_token_id=ids["<image>"],
+        tie_word_embeddings=True,
+    )
+
+
+def _kosmos2(size: NanoSize, ids: dict[str, int], image: int) -> Any:
+    from transformers import Kosmos2Config
+
+    return Kosmos2Config(
+        text_config={
+            "vocab_size": ids["vocab"], "embed_dim": size.width, "layers": size.layers, "ffn_dim": 4 * size.width,
+            "attention_heads": size.heads, "max_position_embeddings": 1024, "pad_token_id": ids["<pad>"],
+            "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"],
+        },
+        vision_config=_vision(size, image_size=image, patch_size=PATCH),
+        latent_query_num=(image // PATCH // size.merge) ** 2,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "paligemma": _paligemma,
+    "internvl": _internvl,
+    "smolvlm": _smolvlm,
+    "kosmos2": _kosmos2,
+}
