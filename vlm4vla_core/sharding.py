@@ -66,7 +66,7 @@ def within(losses: Any, call: Callable[[], Any]) -> Any:
 
 def full(value: torch.Tensor) -> torch.Tensor:
     """The whole of a DTensor (a collective), or the tensor itself."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[attr-defined]
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -80,8 +80,8 @@ def whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     # An optimizer that has not stepped has no state, and torch's helper would make one up.
-    state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {}) if optimizer.state else {}
-    return dict(weights), dict(state)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {}) if optimizer.state else {}
+    return dict(weights), state
 
 
 def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -91,7 +91,7 @@ def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Non
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
 
 
 def as_sharded(value: torch.Tensor, parameter: Any) -> torch.Tensor:
