@@ -9,7 +9,8 @@ out of the segmentation, so that a model can be trained that was never told of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +40,12 @@ Found = tuple[np.ndarray, np.ndarray]  # values (B, n, k) float32 and mask (B, n
 def dense_objective(config: TrainConfig, data: Data, backbone: Backbone) -> Objective:
     """Linear heads on image tokens (`dense_heads`), which are put on the backbone, or go on where it has them.
 
-    Raises InputError when the family's tokens lie on no grid, and when no store has any of the targets asked for.
+    Raises InputError when the family's tokens make no square grid, and when no store has any of the targets asked for.
     """
     import torch
 
-    if not backbone.spec.spatial:
-        raise InputError(f"the image tokens of {backbone.spec.name} lie on no grid", fix="use another family")
-    sources = [
-        DenseTargets(store, camera, backbone.geometry) for store, camera in zip(data.stores, data.cameras, strict=True)
-    ]
+    cells = _cells(backbone)
+    sources = [DenseTargets(store, camera, cells) for store, camera in zip(data.stores, data.cameras, strict=True)]
     wanted = _wanted(config, sources)
     before: dict[str, Any] = backbone.dense.settings if backbone.dense is not None else {}
     settings = {name: before.get(name) or _settings(name, sources, data) for name in wanted}
@@ -85,6 +83,21 @@ def dense_objective(config: TrainConfig, data: Data, backbone: Backbone) -> Obje
         return dense_metrics(outputs, batch, rows, settings)
 
     return Objective(make, loss, lambda batch: int(batch[f"dense_{wanted[0]}"].shape[0]), evaluate)
+
+
+def _cells(backbone: Backbone) -> Geometry:
+    """The geometry whose image tokens are the cells of the targets: the backbone's own. Where tokens are learned
+    latents (Kosmos-2), latent i is put in charge of cell i of a square grid, which the resampler then learns."""
+    geometry = backbone.geometry
+    if backbone.spec.spatial:
+        return geometry
+    side = math.isqrt(geometry.tokens)
+    if side**2 != geometry.tokens or geometry.size % side:
+        raise InputError(
+            f"the {geometry.tokens} image tokens of {backbone.spec.name} make no square grid of {geometry.size} pixels",
+            fix="use a model with a square number of latents",
+        )
+    return replace(geometry, patch=geometry.size // side, merge=1, placeholders=None)
 
 
 def _wanted(config: TrainConfig, sources: list[DenseTargets]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def schedule(config: TrainConfig, step: int) -> float:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of step `step`; query and head may have their own, with the same schedule."""
+    """Rate of step `step`; query, head and vision may have their own, with the same schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     return config.lr * schedule(config, step)
@@ -40,12 +40,15 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.O
     """AdamW; decay only on matrices (not on query, norms, biases or word embeddings). "rate": a group's own, if any."""
     import torch
 
-    own = {"query": config.query_lr, "head": config.head_lr, "": None}
+    backbone = getattr(model, "backbone", model)
+    seeing = {name for name, group in backbone.groups().items() if group.split(".")[0] in ("vision", "projector")}
+    own = {"query": config.query_lr, "head": config.head_lr, "vision": config.vision_lr, "": None}
     groups: dict[tuple[str, bool], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = "query" if name.endswith("query") else "head" if name.startswith("head.") else ""
+        part = "vision" if name.removeprefix("backbone.") in seeing else part
         decayed = parameter.ndim >= 2 and not name.endswith(("query", "embed_tokens.weight"))
         groups.setdefault((part if own[part] is not None else "", decayed), []).append(parameter)
     made = [

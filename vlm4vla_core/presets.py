@@ -133,6 +133,8 @@ class TrainConfig(BaseModel):
     """Rate of the action query; lr by default."""
     head_lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Rate of the head; lr by default."""
+    vision_lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Rate of vision tower and projector; lr by default."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up; cosine falls to 0 at max_steps."""
     warmup_steps: int = Field(default=2058, ge=0)
