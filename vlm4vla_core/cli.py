@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "sizes of the backbones, what is added to them, what would be trained",
     ),
     "doctor": ("vlm4vla_core.verbs.doctor", "what is installed here, what is missing, and what to do about it"),
+    "study": ("vlm4vla_core.verbs.study", "plan, run, look at and export a whole study that one file declares"),
     "report": ("probes.verbs.report", "run parameterised notebooks and build the report site"),
 }
 
@@ -104,7 +105,7 @@ def _check_outputs(args: object) -> None:
     """Refuse impossible output paths before the work, not after it."""
     for name in ("json", "sheet", "plot", "html", "video"):
         path = getattr(args, name, None)
-        if path is not None and path.is_dir():
+        if hasattr(path, "is_dir") and path.is_dir():  # `evaluate --video` may be a number
             raise InputError(f"--{name} names a folder, not a file", where=path)
     out = getattr(args, "out", None)
     if out is not None and out.is_file():

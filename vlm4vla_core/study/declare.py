@@ -1,0 +1,222 @@
+"""A study as its author declares it: backbones x arms x seeds x benchmarks, in one TOML file.
+
+An arm is a way of making policies: stages before the last one (auxiliary tasks, injection), a start (pretrained or
+scratch) and settings of the last stage (freezing). The last stage belongs to the benchmark, which brings its preset
+and its demonstrations. Unknown keys are errors that name the nearest.
+
+Trap: `set` of a benchmark goes under `set` of a backbone, and that under `set` of the arm; a seed given there would
+undo the arm's `seeds`, so it is refused.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlm4vla_core.errors import InputError, nearest
+
+ALL = ("*",)
+_OWN = ("seed", "backbone", "init")  # settings that the study itself decides
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(_Table):
+    """Demonstrations (or question files), recorded by the study or given by the user."""
+
+    name: str
+    world: str = ""
+    """Recorded by `vlm4vla record WORLD`…"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """…with these options."""
+    store: str = ""
+    """Or a store that is there, relative to the study's file."""
+    fingerprint: str = ""
+    """Of a given store: what its manifest says; for looking at results where the store is not."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if bool(self.world) == bool(self.store):
+            raise ValueError(f"data '{self.name}' needs either world or store")
+        return self
+
+
+class Backbone(_Table):
+    """A VLM to start from."""
+
+    name: str
+    source: str = "tiny"
+    """`tiny`, a checkpoint or Hugging Face folder relative to the study's file or shipped, or a hub id."""
+    lineage: str = ""
+    """What models made alike share; the family when left out."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings of all its trainings."""
+
+
+class Stage(_Table):
+    """A training before the last one."""
+
+    name: str
+    preset: str
+    data: str
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Benchmark(_Table):
+    """A protocol, the training for it, and how much of it is run."""
+
+    protocol: str
+    preset: str
+    data: str
+    set: dict[str, Any] = Field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    episodes: int = Field(default=50, ge=1)
+    execute: tuple[int, ...] = ()
+    """Execute lengths, fixed beforehand; the whole chunk when left out."""
+    baselines: tuple[Literal["random", "zero", "mean-action", "scripted"], ...] = ()
+    """Policies without learning to run beside them."""
+
+
+class Arm(_Table):
+    """One way of making policies."""
+
+    name: str
+    title: str = ""
+    stages: tuple[str, ...] = ()
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the last stage."""
+    backbones: tuple[str, ...] = ALL
+    benchmarks: tuple[str, ...] = ALL
+    seeds: tuple[int, ...] = (0,)
+
+
+class Capability(_Table):
+    """Questions asked of VLMs."""
+
+    protocol: str = "tabletop-vqa@1"
+    episodes: int = Field(default=200, ge=1)
+    of: tuple[Literal["backbone", "stages"], ...] = ("backbone",)
+    """Whom: the backbones, and what comes out of every earlier stage."""
+
+
+class Probe(_Table):
+    """A verb of probes, called on checkpoints as `vlm4vla VERB CHECKPOINT --data STORE --out FOLDER`."""
+
+    name: str
+    verb: Literal["features", "probe"] = "probe"
+    data: str
+    of: tuple[Literal["backbone", "policy"], ...] = ("policy",)
+    options: dict[str, Any] = Field(default_factory=dict)
+    arms: tuple[str, ...] = ALL
+    seeds: tuple[int, ...] = (0,)
+
+
+class Resources(_Table):
+    """What a job takes."""
+
+    train_gpus: int = Field(default=1, ge=0)
+    """GPUs of a training, where there are any; more than one go through torchrun."""
+
+
+class Study(_Table):
+    """The whole declaration. folder: of its file, which relative paths start from."""
+
+    name: str
+    question: str = ""
+    deviations: str = ""
+    """Where the study departs from the paper on purpose."""
+    data: tuple[Data, ...] = ()
+    backbone: tuple[Backbone, ...] = ()
+    benchmark: tuple[Benchmark, ...] = ()
+    arm: tuple[Arm, ...] = ()
+    stage: tuple[Stage, ...] = ()
+    capability: tuple[Capability, ...] = ()
+    probe: tuple[Probe, ...] = ()
+    resources: Resources = Resources()
+    shipped: str = ""
+    """A bundle whose jobs count as done, relative to the file."""
+    live: tuple[str, ...] = ()
+    """Cells that are run here although the bundle has them, as ARM/BACKBONE/PROTOCOL/SEED; * for any of them."""
+    folder: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for kind in ("data", "backbone", "benchmark", "arm", "stage", "probe"):
+            names = [_name(entry) for entry in getattr(self, kind)]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"two {kind} entries are called '{min(twice)}'")
+        for kind, where, wanted in self._mentions():
+            known = [_name(entry) for entry in getattr(self, kind)]
+            for name in wanted:
+                if name != "*" and name not in known:
+                    raise ValueError(f"{where}: no {kind} '{name}'; {nearest(name, known)}")
+        settings: tuple[Any, ...] = (*self.backbone, *self.stage, *self.benchmark, *self.arm)
+        for entry in settings:
+            if own := [key for key in _OWN if key in entry.set]:
+                raise ValueError(f"'{_name(entry)}' sets {own[0]}, which seeds, backbones and init decide")
+        return self
+
+    def _mentions(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """What entry mentions which names of which kind."""
+        found: list[tuple[str, str, tuple[str, ...]]] = []
+        for arm in self.arm:
+            where = f"arm '{arm.name}'"
+            found += [("stage", where, arm.stages), ("backbone", where, arm.backbones)]
+            found += [("benchmark", where, arm.benchmarks)]
+        reading: tuple[Any, ...] = (*self.stage, *self.benchmark, *self.probe)
+        for entry in reading:
+            found.append(("data", f"'{_name(entry)}'", (entry.data,)))
+        return found + [("arm", f"probe '{probe.name}'", probe.arms) for probe in self.probe]
+
+
+def _name(entry: Any) -> str:
+    return str(getattr(entry, "name", None) or entry.protocol)
+
+
+def read_study(path: Path) -> Study:
+    """The study that a TOML file declares. Raises InputError on a missing or malformed file, unknown keys and names."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError("no such study file", where=path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not a valid TOML file ({error})", where=path) from None
+    if "folder" in values:
+        raise InputError("unknown key 'folder'", where=path)
+    try:
+        return Study(**values, folder=Path(path).resolve().parent)
+    except ValidationError as error:
+        raise _told(error, values, path) from None
+
+
+def _told(error: ValidationError, values: dict[str, Any], path: Path) -> InputError:
+    """The first thing that is wrong, with its place and the nearest known key."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        table = _MODELS.get(place[0], Study) if len(place) > 1 else Study
+        what, fix = f"unknown key '{place[-1]}'", nearest(place[-1], table.model_fields)
+    elif first["type"] == "missing":
+        what, fix = f"'{place[-1]}' is missing", "add it"
+    else:
+        what, fix = first["msg"].removeprefix("Value error, "), ""
+        if place and first["type"] != "value_error":
+            what = f"{place[-1]} = {first['input']!r}: {what.lower()}"
+    inside = values.get(place[0]) if len(place) > 1 and place[1].isdigit() else None
+    if isinstance(inside, list):
+        entry = inside[int(place[1])]
+        label = entry.get("name") or entry.get("protocol") if isinstance(entry, dict) else None
+        what = f"{what} ([[{place[0]}]] {label or 'number ' + str(int(place[1]) + 1)})"
+    return InputError(what, where=path, fix=fix)
+
+
+_MODELS: dict[str, type[_Table]] = {
+    "data": Data, "backbone": Backbone, "stage": Stage, "benchmark": Benchmark, "arm": Arm, "capability": Capability,
+    "probe": Probe, "resources": Resources,
+}  # fmt: skip
