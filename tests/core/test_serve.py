@@ -292,6 +292,16 @@ def test_requests_that_wait_are_predicted_together_and_answered_apart() -> None:
     assert 1 < max(slow.batches) <= 6 and sum(slow.batches) == 8 * 9
 
 
+@pytest.mark.parametrize(
+    ("most", "alone", "expected"), [(4, False, [4, 4, 2]), (64, False, [10]), (64, True, [1] * 10)]
+)
+def test_no_prediction_is_larger_than_max_batch(most: int, alone: bool, expected: list[int]) -> None:
+    policy, images, words = ByHand(), pictures(10), [f"go {k}" for k in range(10)]
+    with serving(policy, max_batch=most) as server, RemotePolicy(server.address) as remote:
+        np.testing.assert_array_equal(remote.predict(images, words, alone), by_hand(images, words))
+    assert policy.batches == expected
+
+
 @pytest.mark.slow
 def test_thirty_two_clients() -> None:
     slow = ByHand(wait=0.02)
