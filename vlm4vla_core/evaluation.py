@@ -1,28 +1,37 @@
 """Roll a policy out in a benchmark: one row per episode, closed loop, many episodes at a time.
 
-The policy's declared action convention is compared with the benchmark's before the first step, and a
-difference refuses the evaluation. Re-issuing runs only the (task, episode) cells that are not there yet.
+The tabletop world is stepped in this process, a batch of episodes together; simulators of one world each are stepped by
+worker processes (`sims.pool`). Both give the same kind of rows, kept one by one in a `Journal`, so re-issuing runs only
+the (task, episode) cells that are not there yet.
 
-Trap: `execute` (how many actions of a predicted chunk are carried out before the policy looks again) changes
-success rates, so it is part of the result and never chosen on the test episodes here.
+Trap: `execute` and ensembling change success rates, so they are part of the result.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm4vla_core import folders
-from vlm4vla_core.actions import ActionConvention
+from vlm4vla_core import journal
+from vlm4vla_core.actors import (
+    BASELINES,
+    BLIND,
+    Actor,
+    PolicyActor,
+    check_conventions,
+    check_finite,
+    identify,
+    make_actor,
+)
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.playback import ENSEMBLES, Playback
 from vlm4vla_core.progress import progress
-from vlm4vla_core.results import EPISODE_COLUMNS
+from vlm4vla_core.results import episode_row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,94 +39,147 @@ if TYPE_CHECKING:
     from vlm4vla_core.remote import Remote
     from vlm4vla_core.sims.benchmarks import BatchedEnv, Benchmark
 
-BASELINES = ("random", "zero", "mean-action", "scripted")
-
-
-class Actor(Protocol):
-    """What the rollout loop needs: a chunk of actions in the benchmark's convention for every episode."""
-
-    @property
-    def execute(self) -> int:
-        """Actions of a chunk carried out before the policy looks again."""
-        ...
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """What the policy contributes to every row (`EPISODE_COLUMNS`)."""
-        ...
-
-    def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        """Actions (len(rows), chunk, A) for the episodes `rows` of `env`."""
-        ...
+__all__ = [
+    "BASELINES", "BLIND", "ENSEMBLES", "Plan", "PolicyActor", "chain_summary", "check_conventions", "evaluate", "film",
+    "make_actor", "merge", "rollout",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class BaselineActor:
-    """A policy that never looks: uniform random, no motion, the mean demonstrated action; or the scripted expert."""
+class Plan:
+    """What is evaluated: everything that decides the rows.
 
-    name: str
-    convention: ActionConvention
-    limit: np.ndarray  # (A,) largest magnitude of a random action
-    mean: np.ndarray | None = None  # (A,)
-    execute: int = 1
+    policy: a checkpoint or run folder, one of BASELINES (`mean-action` needs `data`, a store), or a policy on a server.
+    tasks: a subset of the benchmark's, all when empty. episodes: per task, numbered from 0. execute: actions of a chunk
+    carried out before replanning; None means the protocol's own number, else the chunk. deterministic: predict one
+    picture at a time, so that rounding does not depend on the others. options: NAME=VALUE of a simulator's protocol.
+    ensemble: "temporal" averages chunks that overlap. blind: "image" (needs `data`) or "language", the shortcut checks.
+    """
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        note = "privileged: reads the simulator's state" if self.name == "scripted" else "baseline without sight"
-        return {"run_id": self.name, "model": self.name, "note": note}
+    policy: str | Path | Remote
+    protocol: str
+    tasks: tuple[str, ...] = ()
+    episodes: int = 20
+    execute: int | None = None
+    data: Path | None = None
+    deterministic: bool = False
+    options: tuple[str, ...] = ()
+    ensemble: str = "none"
+    blind: str = "none"
 
-    def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        if self.name == "scripted":
-            return env.expert()[rows][:, None]  # (R, 1, A)
-        actions = np.zeros((len(rows), 1, self.convention.size))
-        if self.name == "random":
-            for i, row in enumerate(rows):
-                actions[i, 0] = rngs[row].uniform(-self.limit, self.limit)
-                actions[i, 0, -1] = rngs[row].choice([self.convention.gripper_open, self.convention.gripper_closed])
-        elif self.name == "zero":
-            actions[..., -1] = self.convention.gripper_open
-        else:
-            actions[:] = self.mean
-        return actions
+    def checked(self) -> Checked:
+        """The plan against its benchmark. Raises InputError on unknown names, impossible combinations, and anything
+        that the simulator needs and that is not there."""
+        from vlm4vla_core.sims import benchmark as find_benchmark
+
+        bench = find_benchmark(self.protocol)
+        chosen = _chosen(bench, self.tasks)
+        if self.episodes < 1:
+            raise InputError(f"--episodes must be at least 1, got {self.episodes}")
+        most = getattr(bench, "episodes", None)
+        if most is not None and self.episodes > most:
+            raise InputError(f"{bench.protocol} has {most} initial states per task, not {self.episodes}")
+        for name, value, known in (("ensemble", self.ensemble, ENSEMBLES), ("blind", self.blind, BLIND)):
+            if value not in known:
+                raise InputError(f"--{name} cannot be '{value}'", fix=nearest(value, known))
+        if str(self.policy) in BASELINES:
+            if self.execute is not None or self.ensemble != "none":
+                what = f"{self.policy} predicts one action at a time"
+                raise InputError(what, fix="leave --execute and --ensemble out")
+            if self.blind != "none":
+                raise InputError(f"{self.policy} looks at nothing", fix="leave --blind out")
+        name, inputs = identify(self.policy, self.data, self.blind)
+        config: dict[str, Any] = {"policy": name, "benchmark": bench.describe(), "execute": self.execute}
+        options = bench.chosen(self.options)
+        # Left out where they say nothing, so that folders of earlier versions go on.
+        extras = {"deterministic": self.deterministic, "options": options}
+        config |= {key: value for key, value in extras.items() if value}
+        config |= {key: getattr(self, key) for key in ("ensemble", "blind") if getattr(self, key) != "none"}
+        if missing := bench.missing():
+            raise InputError("; ".join(missing))
+        cells = [(task, episode) for task in chosen for episode in range(self.episodes)]
+        return Checked(self, bench, cells, options, config, inputs)
+
+    def actor(self, bench: Any) -> Actor:
+        """Who acts. Raises InputError where policy and benchmark do not go together."""
+        return make_actor(
+            self.policy, bench, self.execute, self.data, deterministic=self.deterministic, blind=self.blind
+        )
 
 
 @dataclass(frozen=True)
-class PolicyActor:
-    """A trained policy: sees the camera picture and the instruction."""
+class Checked:
+    """A plan that can be run: its benchmark, its episodes, the protocol's options, and what its rows are tied to."""
 
-    policy: Any  # VLAPolicy; typed loosely so that importing this module needs no torch
-    execute: int
-    labels: dict[str, Any]
-    batch_size: int = 64
+    plan: Plan
+    bench: Any
+    cells: list[tuple[str, int]]
+    options: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, str]
 
-    def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        images = env.observe(rows, self.policy.config.camera)
-        instructions = [env.instructions[row] for row in rows]
-        chunks = [
-            self.policy.predict(images[i : i + self.batch_size], instructions[i : i + self.batch_size]).actions
-            for i in range(0, len(rows), self.batch_size)
-        ]
-        return np.concatenate(chunks)
+    def rows(
+        self,
+        cells: Sequence[tuple[str, int]],
+        *,
+        workers: int | None,
+        parallel: int = 64,
+        timeout: float | None = None,
+        films: Mapping[tuple[str, int], Path] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Run these episodes: in worker processes, or the tabletop world in this one when `workers` is None."""
+        from vlm4vla_core.sims import SimulatorBenchmark, pool
+
+        actor = self.plan.actor(self.bench)
+        if workers is None and not isinstance(self.bench, SimulatorBenchmark):
+            yield from rollout(self.bench, actor, cells, parallel=parallel, ensemble=self.plan.ensemble)
+            return
+        from vlm4vla_core.episodes.conversion import cores
+
+        yield from pool.rollout(
+            self.bench, actor, cells, workers=workers or cores(), options=self.options, ensemble=self.plan.ensemble,
+            films=films, timeout=timeout or pool.TIMEOUT,
+        )  # fmt: skip
 
 
-def check_conventions(policy: ActionConvention, benchmark: ActionConvention, *, where: object) -> None:
-    """Raise InputError that lists every difference between a policy's and a benchmark's action convention."""
-    if differences := policy.differences(benchmark):
-        raise InputError(
-            f"the policy's actions do not mean what the benchmark expects: {'; '.join(differences)}",
-            where=where,
-            fix="train on data recorded in the benchmark's convention",
-        )
+def evaluate(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    films: Mapping[tuple[str, int], Path] | None = None,
+    parallel: int = 64,
+    timeout: float | None = None,
+) -> pd.DataFrame:
+    """Evaluate, and keep one row per episode in `out`/rows.parquet; runs only what is not there.
+
+    workers: processes; one per core for a simulator when None, none for the tabletop world. shard: (i, n) runs every
+    n-th episode from the i-th on, into `OUT-shards/i-of-n`; `merge` puts the shards together. films: cell -> file, for
+    simulators. timeout: seconds without a sign of life until a worker is replaced. Returns all rows there are, old and
+    new. Raises InputError as `Plan.checked` and `make_actor`, and when `out` holds rows of something else.
+    """
+    found = plan.checked()
+    cells = found.cells[shard[0] - 1 :: shard[1]]
+    if shard != (1, 1):
+        out = journal.shards_folder(out) / f"{shard[0]}-of-{shard[1]}"
+    wanted = {cell: path for cell, path in (films or {}).items() if cell in cells and not path.exists()}
+    with journal.Journal(out, found.config, found.inputs, found.bench.tasks) as kept:
+        done = kept.done
+        # A finished episode whose film is wanted runs once more, for the film alone.
+        todo = [cell for cell in cells if cell not in done or cell in wanted]
+        if todo:
+            for row in found.rows(todo, workers=workers, parallel=parallel, timeout=timeout, films=wanted):
+                if (row["task"], row["episode"]) not in done:
+                    kept.add(row)
+    assert kept.rows is not None
+    return kept.rows
 
 
-def check_seen(domains: Sequence[str], benchmark: Benchmark, *, where: object) -> None:
-    """Raise InputError when a policy was trained in a look (`domains`) that the benchmark keeps for the test."""
-    if seen := sorted(benchmark.kept_for_test & set(domains)):
-        raise InputError(
-            f"the policy was trained in look {', '.join(seen)}, which {benchmark.protocol} keeps for the test",
-            where=where,
-            fix=f"train on demonstrations in {', '.join(benchmark.train_domains)} (`vlm4vla record --domains`)",
-        )
+def merge(plan: Plan, out: Path) -> pd.DataFrame:
+    """Put the shards of an evaluation together; refuses gaps and doubles."""
+    found = plan.checked()
+    return journal.merge(out, found.config, found.inputs, found.bench.tasks, set(found.cells))
 
 
 def rollout(
@@ -126,111 +188,57 @@ def rollout(
     cells: Sequence[tuple[str, int]],
     *,
     parallel: int = 64,
-    watch: Callable[[BatchedEnv], None] | None = None,
+    ensemble: str = "none",
+    watch: Callable[[BatchedEnv, np.ndarray | None], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run the episodes `cells` = [(task, episode), …] and yield one row (a dict of EPISODE_COLUMNS) for each, in order.
 
     parallel: episodes stepped together; the outcome of an episode does not depend on it. watch: called with the worlds
-    before every step and at the end.
+    and their actions (n, A) before every step, and with None for the actions at the end.
     wall_s: the group's time shared out evenly, since its episodes run together.
     """
     with progress(total=len(cells), what=f"evaluate {actor.labels['model']}", unit="episode") as bar:
         for start in range(0, len(cells), parallel):
-            yield from _rollout_group(benchmark, actor, cells[start : start + parallel], bar.update, watch)
+            yield from _rollout_group(benchmark, actor, cells[start : start + parallel], ensemble, bar.update, watch)
 
 
 def _rollout_group(
     benchmark: Benchmark,
     actor: Actor,
     cells: Sequence[tuple[str, int]],
+    ensemble: str,
     finished: Callable[[int], Any],
-    watch: Callable[[BatchedEnv], None] | None,
+    watch: Callable[[BatchedEnv, np.ndarray | None], None] | None,
 ) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
-    tasks = [task for task, _ in cells]
-    seeds = [benchmark.env_seed(task, episode) for task, episode in cells]
-    env = benchmark.env(tasks, seeds)
+    seeds = [benchmark.env_seed(*cell) for cell in cells]
+    env = benchmark.env([task for task, _ in cells], seeds)
     rngs = [np.random.default_rng([seed, 1]) for seed in seeds]  # a baseline's own stream, apart from the world's
-    chunk, phase = np.zeros((len(cells), actor.execute, benchmark.convention.size)), np.full(len(cells), actor.execute)
+    playbacks = [Playback(benchmark.convention, actor.execute, ensemble) for _ in cells]
     while env.running.any():
-        if watch:
-            watch(env)
-        phase[env.renewed] = actor.execute  # new words: look again
-        fresh = np.flatnonzero(env.running & (phase == actor.execute))
+        running = np.flatnonzero(env.running)
+        fresh = np.array([row for row in running if playbacks[row].wants(bool(env.renewed[row]))], int)
         if len(fresh):
-            planned = actor.act(env, fresh, rngs)[:, : actor.execute]  # (R, execute, A)
-            if not np.isfinite(planned).all():
-                what = "the policy returned NaN or infinite actions"
-                raise InputError(what, where=actor.labels["model"], fix="use an earlier checkpoint")
-            chunk[fresh], phase[fresh] = planned, 0
-        rows = np.flatnonzero(env.running)
+            chunks = actor.act(env, fresh, rngs)  # (R, chunk, A)
+            check_finite(chunks, actor.labels["model"])
+            for row, chunk in zip(fresh, chunks, strict=True):
+                playbacks[row].add(chunk)
         actions = np.zeros((len(cells), benchmark.convention.size))
-        actions[rows] = chunk[rows, phase[rows]]
-        phase[rows] += 1
+        actions[running] = [playbacks[row].next() for row in running]
+        if watch:
+            watch(env, actions)
         env.step(actions)
-        finished(len(rows) - int(env.running.sum()))
+        finished(len(running) - int(env.running.sum()))
     if watch:
-        watch(env)
+        watch(env, None)
     seconds = (time.perf_counter() - began) / len(cells)
-    for i, (task, episode) in enumerate(cells):
-        row = dict.fromkeys(EPISODE_COLUMNS)
-        row.update(actor.labels)
-        row.update(
-            benchmark=benchmark.name, protocol=benchmark.protocol, task=task, episode=episode, env_seed=seeds[i],
-            execute=actor.execute, success_rule=benchmark.success_rule, wall_s=round(seconds, 4), **env.outcome(i),
-        )  # fmt: skip
-        yield row
+    for i, cell in enumerate(cells):
+        yield episode_row(
+            benchmark, actor.labels, actor.execute, cell, env_seed=seeds[i], wall_s=seconds, outcome=env.outcome(i)
+        )
 
 
-def evaluate(
-    policy: str | Path | Remote,
-    protocol: str,
-    out: Path,
-    *,
-    tasks: Sequence[str] = (),
-    episodes: int = 20,
-    execute: int | None = None,
-    parallel: int = 64,
-    data: Path | None = None,
-    deterministic: bool = False,
-) -> pd.DataFrame:
-    """Evaluate a checkpoint (or a baseline by name) and keep one row per episode in `out`/rows.parquet.
-
-    policy: a checkpoint or run folder, one of BASELINES (`mean-action` needs `data`, a store), or a policy on a server.
-    tasks: a subset of the benchmark's tasks, all when empty. episodes: per task, numbered from 0.
-    execute: actions of a chunk carried out before replanning; None means the protocol's own number, else the chunk.
-    deterministic: predict one picture at a time, so that rounding does not depend on the others.
-    Returns all rows of `out`, old and new. Raises InputError on unknown names, mismatched conventions,
-    or when `out` holds rows of another policy or protocol, or no rows at all.
-    """
-    from vlm4vla_core.sims import benchmark as find_benchmark
-
-    bench = find_benchmark(protocol)
-    chosen = _chosen(bench, tasks)
-    if episodes < 1:
-        raise InputError(f"--episodes must be at least 1, got {episodes}")
-    cells = [(task, episode) for task in chosen for episode in range(episodes)]
-    if str(policy) in BASELINES and execute is not None:
-        raise InputError(f"{policy} predicts one action at a time", fix="leave --execute out")
-    name, inputs = _identify(policy, data)
-    config = {"policy": name, "benchmark": bench.describe(), "execute": execute}
-    if deterministic:
-        config["deterministic"] = True
-    rows = _finished(out, config, inputs)
-    done = set() if rows is None else set(zip(rows["task"], rows["episode"], strict=True))
-    missing = [cell for cell in cells if cell not in done]
-    if rows is not None and not missing:
-        return rows
-    actor = _make_actor(policy, bench, execute, data, deterministic)
-    fresh = rollout(bench, actor, missing, parallel=parallel)
-    # One write per group keeps a killed evaluation's finished episodes.
-    while group := list(islice(fresh, parallel)):
-        rows = _save(out, rows, group, config, inputs)
-    assert rows is not None
-    return rows
-
-
-def _chosen(bench: Benchmark, tasks: Sequence[str]) -> tuple[str, ...]:
+def _chosen(bench: Any, tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks to run, each once; all when none is named. Raises InputError on an unknown one."""
     for task in tasks:
         if task not in bench.tasks:
@@ -238,45 +246,36 @@ def _chosen(bench: Benchmark, tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tasks)) or bench.tasks
 
 
-def film(
-    policy: str | Path | Remote,
-    protocol: str,
-    path: Path,
-    *,
-    tasks: Sequence[str] = (),
-    episodes: Sequence[int] = (0,),
-    execute: int | None = None,
-    data: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Run the numbered episodes of each task once more, one at a time, and write what the policy's camera saw as .mp4
-    or .gif, under the instruction, with the outcome at the end. Returns their rows. Raises InputError as `evaluate`."""
-    from vlm4vla_core.film import captioned, check_ending, write_video
+def film(plan: Plan, path: Path, *, episodes: Sequence[int] = (0,)) -> list[dict[str, Any]]:
+    """Run the numbered episodes of each task of the tabletop world once more, one at a time, and write what the camera
+    saw as .mp4 or .gif, under the instruction, over the action, with the outcome at the end.
+
+    Returns their rows. Raises InputError as `evaluate`, and for a simulator, which is filmed while it is evaluated.
+    """
+    from vlm4vla_core.film import captioned, check_ending, numbers, told, write_video
+    from vlm4vla_core.sims import SimulatorBenchmark
     from vlm4vla_core.sims import benchmark as find_benchmark
 
     check_ending(path)
-    bench = find_benchmark(protocol)
-    actor = _make_actor(policy, bench, execute, data)
-    camera = actor.policy.config.camera if isinstance(actor, PolicyActor) else bench.cameras[0]
+    bench = find_benchmark(plan.protocol)
+    if isinstance(bench, SimulatorBenchmark):
+        raise InputError(f"{bench.protocol} is filmed while it runs", fix="give --video a number of episodes per task")
+    actor = plan.actor(bench)
+    camera = actor.driver(bench, plan.ensemble).camera
     frames: list[np.ndarray] = []
     rows: list[dict[str, Any]] = []
-    for cell in [(task, episode) for task in _chosen(bench, tasks) for episode in episodes]:
-        seen: list[tuple[np.ndarray, str]] = []
+    for cell in [(task, episode) for task in _chosen(bench, plan.tasks) for episode in episodes]:
+        seen: list[tuple[np.ndarray, str, str]] = []
 
-        def watch(env: BatchedEnv, seen: list[tuple[np.ndarray, str]] = seen) -> None:
-            seen.append((env.observe([0], camera)[0], env.instructions[0]))
+        def watch(env: BatchedEnv, actions: np.ndarray | None, seen: list[tuple[np.ndarray, str, str]] = seen) -> None:
+            below = "" if actions is None else numbers(actions[0])
+            seen.append((env.observe([0], camera)[0], env.instructions[0], below))
 
-        rows += rollout(bench, actor, [cell], watch=watch)
-        frames += [captioned(picture, words) for picture, words in seen]
-        frames += [captioned(*seen[-1], outcome=_told(rows[-1]))] * round(bench.convention.control_hz)
+        rows += rollout(bench, actor, [cell], ensemble=plan.ensemble, watch=watch)
+        frames += [captioned(picture, words, outcome=below) for picture, words, below in seen]
+        frames += [captioned(*seen[-1][:2], outcome=told(rows[-1]))] * round(bench.convention.control_hz)
     write_video(path, frames, fps=float(bench.convention.control_hz))
     return rows
-
-
-def _told(row: dict[str, Any]) -> str:
-    """An episode's outcome in words."""
-    if row["chain"] is not None:
-        return f"{row['chain']} of 5 done in {row['steps']} steps"
-    return f"{'reached' if row['success'] else 'not reached'} in {row['steps']} steps"
 
 
 @dataclass(frozen=True)
@@ -308,107 +307,3 @@ def bounded_mean(values: np.ndarray, high: float) -> tuple[float, float]:
     more = np.concatenate([values, [0.0, 0.0, high, high]])
     half = 1.959964 * more.std() / np.sqrt(len(more))
     return max(0.0, float(more.mean() - half)), min(high, float(more.mean() + half))
-
-
-def _identify(policy: str | Path | Remote, data: Path | None) -> tuple[str, dict[str, str]]:
-    """What kind of policy this is, and the fingerprints that its rows are tied to."""
-    if str(policy) in BASELINES:
-        if str(policy) != "mean-action":
-            return str(policy), {}
-        if data is None:
-            raise InputError("mean-action needs demonstrations to average", fix="add --data STORE")
-        return "mean-action", {"data": _store_fingerprint(Path(data))}
-    from vlm4vla_core import checkpoint
-
-    if not isinstance(policy, str | Path):
-        return "checkpoint", {"checkpoint": policy.fingerprint}
-    try:
-        folder = checkpoint.resolve(Path(policy))
-    except InputError:
-        if not Path(policy).exists():
-            fix = f"give a checkpoint or run folder, or one of {', '.join(BASELINES)}"
-            raise InputError("no such checkpoint", where=policy, fix=fix) from None
-        raise
-    return "checkpoint", {"checkpoint": folders.read_manifest(folder, "checkpoint")["fingerprint"]}
-
-
-def _store_fingerprint(store: Path) -> str:
-    from vlm4vla_core.episodes.store import REMAKE
-
-    return str(folders.read_manifest(store, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)["fingerprint"])
-
-
-def _make_actor(
-    policy: str | Path | Remote, bench: Benchmark, execute: int | None, data: Path | None, deterministic: bool = False
-) -> Actor:
-    if str(policy) in BASELINES:
-        mean = None
-        if str(policy) == "mean-action":
-            from vlm4vla_core.episodes.store import EpisodeStore
-
-            assert data is not None
-            store = EpisodeStore.open(data)
-            check_conventions(store.convention, bench.convention, where=data)
-            mean = np.asarray(store.stats["action"]["mean"])
-            halfway = (bench.convention.gripper_open + bench.convention.gripper_closed) / 2
-            opens = (mean[-1] > halfway) == (bench.convention.gripper_open > halfway)
-            mean[-1] = bench.convention.gripper_open if opens else bench.convention.gripper_closed
-        return BaselineActor(str(policy), bench.convention, np.asarray(bench.action_limit), mean)
-    model: Any
-    where: str | Path
-    if isinstance(policy, str | Path):
-        from vlm4vla_core import checkpoint
-        from vlm4vla_core.policy import VLAPolicy
-
-        where = checkpoint.resolve(Path(policy))
-        model = VLAPolicy.load(where)
-        domains, labels = model.backbone.lineage.get("domains", ()), checkpoint.row_labels(where)
-    else:
-        model, where, domains, labels = policy, policy.url, policy.domains, policy.labels
-    check_conventions(model.config.convention, bench.convention, where=where)
-    check_seen(domains, bench, where=where)
-    if model.config.camera not in bench.cameras:
-        what = f"the policy looks through camera '{model.config.camera}', and {bench.protocol} has none of that name"
-        raise InputError(what, where=where, fix=f"train with --camera {' or '.join(bench.cameras)}")
-    chunk = model.config.chunk
-    carried_out = next(length for length in (execute, bench.execute, chunk) if length is not None)
-    if not 1 <= carried_out <= chunk:
-        fix = f"give --execute between 1 and {chunk}"
-        raise InputError(f"--execute {carried_out} does not fit the policy's chunk of {chunk}", where=where, fix=fix)
-    return PolicyActor(model, carried_out, labels, batch_size=1 if deterministic else 64)
-
-
-def _finished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> pd.DataFrame | None:
-    """Rows already in `out`, None when there are none; refuses a folder of another evaluation, or of anything else."""
-    import pandas as pd
-
-    if not (out / folders.MANIFEST).exists():
-        folders.check_replaceable(out, "rollouts")
-        return None
-    manifest = folders.read_manifest(out, "rollouts")
-    if manifest["config"] != config or manifest["inputs"] != inputs:
-        raise InputError(
-            "this folder holds rollouts of another policy, protocol or execute length",
-            where=out,
-            fix="give another --out, or remove it",
-        )
-    return pd.read_parquet(out / "rows.parquet")
-
-
-def _save(
-    out: Path,
-    old: pd.DataFrame | None,
-    fresh: list[dict[str, Any]],
-    config: dict[str, Any],
-    inputs: dict[str, str],
-) -> pd.DataFrame:
-    """Write old and fresh rows as the new content of `out`; returns them."""
-    import pandas as pd
-
-    added = pd.DataFrame(fresh, columns=list(EPISODE_COLUMNS), dtype=object)
-    parts = [added] if old is None else [old.astype(object), added]
-    rows = pd.concat(parts, ignore_index=True).convert_dtypes()
-    with folders.new_folder(out, "rollouts") as folder:
-        rows.to_parquet(folder / "rows.parquet", index=False)
-        folders.write_manifest(folder, "rollouts", config=config, inputs=inputs, episodes=len(rows))
-    return rows

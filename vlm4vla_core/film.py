@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,10 +42,25 @@ def captioned(frame: np.ndarray, text: str, *, outcome: str = "", scale_to: int 
     else:
         draw.text((4, 2), text, fill="black", font=ImageFont.load_default(size))
     if outcome:
-        font = ImageFont.load_default(15)
+        size = 15
+        while size > 6 and draw.textlength(outcome, font=ImageFont.load_default(size)) > sheet.width - 12:
+            size -= 1
+        font = ImageFont.load_default(size)
         draw.rectangle((0, sheet.height - _LINE, draw.textlength(outcome, font=font) + 12, sheet.height), fill="black")
         draw.text((6, sheet.height - _LINE + 2), outcome, fill="white", font=font)
     return np.asarray(sheet)
+
+
+def numbers(action: np.ndarray) -> str:
+    """An action (A,) in words."""
+    return " ".join(f"{value:+.2f}" if abs(value) >= 0.1 else f"{value:+.3f}" for value in action)
+
+
+def told(outcome: Mapping[str, Any]) -> str:
+    """An episode's outcome in words."""
+    if outcome["chain"] is not None:
+        return f"{outcome['chain']} of 5 done in {outcome['steps']} steps"
+    return f"{'reached' if outcome['success'] else 'not reached'} in {outcome['steps']} steps"
 
 
 def check_ending(path: Path) -> None:

@@ -6,8 +6,9 @@ capability score. Trap: an unknown value is an empty cell, never a zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,8 @@ EPISODE_COLUMNS = (
     "protocol", "task", "episode", "env_seed", "execute", "success", "success_rule", "steps", "chain", "partial",
     "wall_s", "note",
 )  # fmt: skip
+# Beyond the contract, in rows of the simulators that tell them apart.
+FURTHER_COLUMNS = ("success_last", "success_ever")
 PERFORMANCE_COLUMNS = (
     "model", "family", "lineage", "benchmark", "task", "metric", "value", "successes", "episodes", "source", "quality",
 )  # fmt: skip
@@ -63,6 +66,21 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> Interval:
 def _check_counts(successes: int, n: int) -> None:
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} episodes is no proportion")
+
+
+def episode_row(
+    benchmark: Any, labels: Mapping[str, Any], execute: int, cell: tuple[str, int], *, env_seed: int, wall_s: float,
+    outcome: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """One row of EPISODE_COLUMNS, with FURTHER_COLUMNS where the outcome has them; notes of policy and world joined."""
+    row: dict[str, Any] = dict.fromkeys(EPISODE_COLUMNS)
+    row.update(labels)
+    row.update(
+        benchmark=benchmark.name, protocol=benchmark.protocol, task=cell[0], episode=cell[1], env_seed=env_seed,
+        execute=execute, success_rule=benchmark.success_rule, wall_s=round(wall_s, 4), **outcome,
+    )  # fmt: skip
+    row["note"] = "; ".join(note for note in (labels.get("note"), outcome.get("note")) if note) or None
+    return row
 
 
 def read_table(path: Path, *, required: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -124,6 +124,10 @@ class SimulatorBenchmark:
         """What rows carry as `env_seed`: the number of the fixed initial state."""
         return episode
 
+    def portion(self, episodes: int) -> str:
+        """How much of the protocol so many episodes per task are, in words; "" for nothing to say."""
+        return f"{episodes} of {self.episodes} initial states" if episodes < self.episodes else ""
+
     def missing(self) -> list[str]:
         """Packages, assets and drivers that are not there, one clear line each; cheap, and imports no simulator.
 

@@ -1,17 +1,19 @@
 """Roll a policy out in a benchmark, closed loop, and keep one row per episode.
 
 POLICY is a checkpoint or run folder, or a baseline: random, zero, mean-action (needs --data), scripted; or leave it out
-and name a server of `vlm4vla serve` by --remote HOST:PORT.
-Issuing the command again with more episodes runs only the missing ones.
+and name a server of `vlm4vla serve` by --remote HOST:PORT. Benchmarks are the built-in tabletop-…, and where they are
+installed (`vlm4vla doctor` says) libero-…, simpler-… and calvin-….
+Issuing the command again runs only the missing episodes.
 
 Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-tasks@1 --tasks move touch --episodes 50
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -21,6 +23,7 @@ from vlm4vla_core.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vlm4vla_core.evaluation import Plan
     from vlm4vla_core.remote import Remote
 
 
@@ -43,13 +46,30 @@ class Args:
     execute: int | None = None
     """Actions of each predicted chunk to carry out before replanning; the whole chunk when left out."""
     data: Path | None = None
-    """Episode store, for mean-action."""
+    """Episode store, for mean-action and for --blind image."""
+    ensemble: Literal["none", "temporal"] = "none"
+    """Average the chunks that overlap in time (with --execute shorter than the chunk)."""
+    blind: Literal["none", "image", "language"] = "none"
+    """Shortcut check: show the policy the mean picture of --data at every step, or ask it without words."""
+    options: tuple[str, ...] = ()
+    """NAME=VALUE of a simulator's protocol, such as settle=acting crop=0.9 (docs/simulators.md)."""
+    assets: Path | None = None
+    """Folder with the simulators' assets (libero/, simpler/, calvin/); else VLM4VLA_SIM_ASSETS and their own places."""
+    workers: int | None = None
+    """Processes that step simulators, one per core when left out; given for the tabletop world, it runs there too."""
+    shard: str | None = None
+    """i/n: run every n-th episode from the i-th on, on one machine of n; then --merge."""
+    merge: bool = False
+    """Run nothing: put the n shards of this evaluation together."""
+    timeout: float = 300.0
+    """Seconds without a sign of life after which a worker is replaced."""
     out: Path | None = None
     """Folder of the rows; by default eval/… beside the checkpoints, or runs/eval/<baseline>/<benchmark>."""
-    video: Path | None = None
-    """Also film episodes of each task, with instruction and outcome, to this file (.mp4 or .gif)."""
+    video: str | None = None
+    """Film: of so many episodes of each task, a file each, beside the rows; or, in the tabletop world, one file (.mp4,
+    .gif) of the episodes --filmed."""
     filmed: tuple[int, ...] = (0,)
-    """Numbers of the episodes that are filmed."""
+    """Numbers of the episodes in the one file."""
     json: Path | None = None
     """Also write the per-task table and the protocol as JSON."""
 
@@ -61,21 +81,37 @@ def run(args: Args) -> int:
         if args.remote:
             raise InputError("a policy server answers with actions, not with words", fix="give a checkpoint's folder")
         return ask(args)
-    from vlm4vla_core.evaluation import evaluate, film
+    from vlm4vla_core.evaluation import Plan, evaluate, film, merge
     from vlm4vla_core.film import check_ending
     from vlm4vla_core.results import wilson
 
-    if args.video:
-        check_ending(args.video)
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {args.workers}")
+    if args.assets:
+        os.environ["VLM4VLA_SIM_ASSETS"] = str(args.assets.resolve())
+    one_film = Path(args.video) if args.video and not args.video.isdigit() else None
+    if one_film:
+        check_ending(one_film)
+    shard = _shard(args)
     policy = _policy(args)
     out = args.out or _default_out(args, policy)
-    rows = evaluate(
-        policy, args.benchmark, out, tasks=args.tasks, episodes=args.episodes, execute=args.execute, data=args.data,
-        deterministic=args.deterministic,
+    plan = Plan(
+        policy, args.benchmark, args.tasks, args.episodes, args.execute, args.data, args.deterministic, args.options,
+        args.ensemble, args.blind,
     )  # fmt: skip
+    if args.merge:
+        rows = merge(plan, out)
+    else:
+        films = _films(plan, out, int(args.video)) if args.video and not one_film else {}
+        rows = evaluate(plan, out, workers=args.workers, shard=shard, films=films, timeout=args.timeout)
     wanted = rows[rows["episode"] < args.episodes]
     if args.tasks:
         wanted = wanted[wanted["task"].isin(args.tasks)]
+    if shard != (1, 1):
+        print(
+            f"shard {args.shard}: {len(wanted)} episodes; when all are there, issue this with --merge, without --shard"
+        )
+        return 0
     k, n = int(wanted["success"].sum()), len(wanted)
     protocol = folders.read_manifest(out, "rollouts")["config"]["benchmark"]
     found = {"episodes": n, "successes": k, "rate": k / n, "interval": list(wilson(k, n))}
@@ -89,13 +125,43 @@ def run(args: Args) -> int:
             "rows": str(out / "rows.parquet"),
         }
         folders.write_json(args.json, summary)
-    if args.video:
-        film(
-            policy, args.benchmark, args.video,
-            tasks=args.tasks, episodes=args.filmed, execute=args.execute, data=args.data,
-        )  # fmt: skip
-        print(f"film: {args.video}")
+    if one_film:
+        film(plan, one_film, episodes=args.filmed)
+        print(f"film: {one_film}")
+    elif args.video:
+        print(f"films in {_films_folder(out)}")
     return 0
+
+
+def _shard(args: Args) -> tuple[int, int]:
+    if args.shard is None:
+        return 1, 1
+    index, _, total = args.shard.partition("/")
+    if args.merge or not (index.isdigit() and total.isdigit() and 1 <= int(index) <= int(total)):
+        raise InputError(f"--shard '{args.shard}' is no share", fix="give i/n with 1 <= i <= n, and --merge without it")
+    return int(index), int(total)
+
+
+def _films_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}-films")
+
+
+def _films(plan: Plan, out: Path, count: int) -> dict[tuple[str, int], Path]:
+    """Where the films of the first episodes go; those of the tabletop world are made here, by one more run."""
+    from vlm4vla_core.evaluation import film
+    from vlm4vla_core.sims import SimulatorBenchmark
+
+    found = plan.checked()
+    wanted = {
+        (task, episode): _films_folder(out) / f"{task}-{episode:03d}.mp4"
+        for task, episode in found.cells
+        if episode < count
+    }
+    if not isinstance(found.bench, SimulatorBenchmark):
+        for (task, episode), path in wanted.items():
+            if not path.exists():
+                film(replace(plan, tasks=(task,)), path, episodes=(episode,))
+    return wanted
 
 
 def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -105,17 +171,21 @@ def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[
     from vlm4vla_core.sims import coverage
     from vlm4vla_core.sims.tabletop.scenes import LONG
 
+    if "success_last" in rows and set(rows["success_rule"]) == {"last_step"}:
+        told_ever = {task: int(group["success_ever"].sum()) for task, group in rows.groupby("task", sort=False)}
+    else:
+        told_ever = {}
     table, part = success_table(rows, ["task"]), coverage(args.benchmark, rows["task"])
     rule = f"success rule {rows['success_rule'].iloc[0]}, Wilson intervals"
     print(f"{args.policy or args.remote} on {args.benchmark}, {part}; {rule}")
-    looks = f"looks {', '.join(protocol['domains'])} (training: {', '.join(protocol['train_domains'])})"
-    size, version = protocol["image_size"], protocol["world_version"]
-    print(f"{protocol['title']}; {looks}, {size} px, built-in world version {version}")
+    print(_protocol_line(args, rows, protocol))
     partial = rows["partial"].astype(float)
-    if set(rows["task"]) <= set(LONG):
+    if "domains" not in protocol or set(rows["task"]) <= set(LONG):
         spread = {task: bounded_mean(partial[rows["task"] == task].to_numpy(), 1.0) for task in table["task"]}
         table["partial"] = [float(partial[rows["task"] == task].mean()) for task in table["task"]]
         table["partial_low"], table["partial_high"] = zip(*spread.values(), strict=True)
+    if told_ever:  # beside the rule, so that nobody needs to guess which one a published number followed
+        table["ever"] = [told_ever[task] for task in table["task"]]
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     told = {"coverage": part, "tasks": table.to_dict("records")}
     (low, high), n = found["interval"], found["episodes"]
@@ -134,6 +204,24 @@ def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[
     return told
 
 
+def _protocol_line(args: Args, rows: pd.DataFrame, protocol: dict[str, Any]) -> str:
+    """What the numbers were obtained with."""
+    words = [protocol["title"]]
+    if "domains" in protocol:
+        looks = f"looks {', '.join(protocol['domains'])} (training: {', '.join(protocol['train_domains'])})"
+        words.append(f"{looks}, {protocol['image_size']} px, built-in world version {protocol['world_version']}")
+    else:
+        from vlm4vla_core.sims import benchmark
+
+        bench = benchmark(args.benchmark)
+        words += [bench.portion(args.episodes)]
+        words += [" ".join(f"{name}={value}" for name, value in bench.chosen(args.options).items())]
+    executed = ", ".join(map(str, sorted(set(rows["execute"]))))
+    words += [f"executes {executed}" + (f", ensembling {args.ensemble}" if args.ensemble != "none" else "")]
+    words += [f"without {args.blind}"] if args.blind != "none" else []
+    return "; ".join(word for word in [*words, *sorted(set(rows["note"].dropna()))] if word)
+
+
 def _policy(args: Args) -> str | Remote:
     """What is rolled out: the name that was given, or the policy behind a server."""
     if bool(args.policy) == bool(args.remote):
@@ -150,11 +238,14 @@ def _default_out(args: Args, policy: str | Remote) -> Path:
     """A folder of its own for every checkpoint, protocol and execute length, so that rows are never mixed."""
     from vlm4vla_core.evaluation import BASELINES
 
+    tail = "".join(f"-{option}" for option in args.options)
     if args.policy in BASELINES:
-        return Path("runs/eval") / args.policy / args.benchmark
+        return Path("runs/eval") / args.policy / f"{args.benchmark}{tail}"
     from vlm4vla_core import checkpoint
 
-    tail = (f"-execute{args.execute}" if args.execute else "") + ("-deterministic" if args.deterministic else "")
+    tail += (f"-execute{args.execute}" if args.execute else "") + ("-deterministic" if args.deterministic else "")
+    tail += f"-{args.ensemble}" if args.ensemble != "none" else ""
+    tail += f"-blind-{args.blind}" if args.blind != "none" else ""
     if not isinstance(policy, str):
         return Path("runs/eval") / f"remote-{policy.fingerprint[:12]}" / f"{args.benchmark}{tail}"
     folder = checkpoint.resolve(Path(policy))

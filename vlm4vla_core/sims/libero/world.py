@@ -162,7 +162,7 @@ class Libero:
         try:
             context = MjRenderContextOffscreen(sim, device_id=-1)
         except Exception as error:  # of PyOpenGL, mujoco or robosuite, by renderer
-            raise InputError(f"MuJoCo cannot draw ({error})", fix=RENDERER_ADVICE) from None
+            raise RuntimeError(f"MuJoCo cannot draw with MUJOCO_GL={renderer()} ({error}); {RENDERER_ADVICE}") from None
         sim.data.qacc_warmstart[:] = warm
         context.vopt.geomgroup[0], context.vopt.geomgroup[1] = 0, 1  # what collides is hidden, what is seen is shown
         return context
