@@ -100,6 +100,13 @@ class Checkout:
         table = _load(conf / f"scene/calvin_scene_{scene}.yaml")
         return OmegaConf.create({"data_path": "data", "robot": robot, "scene": table, "cameras": cameras})
 
+    def recorded_as(self, scene: str, *, egl: bool) -> str:
+        """What the benchmark's own tools read as `.hydra/merged_config.yaml` beside the frames of a split, as YAML."""
+        from omegaconf import OmegaConf
+
+        world = OmegaConf.merge(_load(self.root / "calvin_env/conf/env/play_table_env.yaml"), {"use_egl": egl})
+        return OmegaConf.to_yaml(OmegaConf.merge(self.config(scene), {"use_vr": False, "env": world}))
+
     def make(self, scene: str, *, egl: bool) -> Any:
         """A simulation of one scene. One per process: some of calvin_env's calls name no physics client."""
         config = self.config(scene)

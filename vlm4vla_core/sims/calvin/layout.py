@@ -21,6 +21,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.sims.calvin.checkout import open_checkout
 from vlm4vla_core.sims.calvin.expert import TASKS
 
 GAP = 400  # frame numbers set apart for one demonstration
@@ -96,6 +97,10 @@ def record(args: Args) -> int:
 
         with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
             list(pool.map(_make, shares))
+    for name, (_, scenes) in splits.items():
+        described = args.out / name / ".hydra" / "merged_config.yaml"  # CALVIN's own evaluation makes its world from it
+        described.parent.mkdir(exist_ok=True)
+        described.write_text(open_checkout().recorded_as(scenes[-1], egl=args.renderer == "egl"))
     return sum(_describe(args.out / name, count) for name, (count, _) in splits.items() if count)
 
 
