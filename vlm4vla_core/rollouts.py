@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm4vla_core.actors import PolicyActor, check_conventions
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.evaluation import PolicyActor, chain_summary, check_conventions, rollout
+from vlm4vla_core.evaluation import chain_summary, rollout
 from vlm4vla_core.presets import TrainConfig
 from vlm4vla_core.results import wilson
 from vlm4vla_core.sims import Benchmark, benchmark
