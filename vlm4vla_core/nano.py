@@ -9,7 +9,9 @@ the frozen tower's features, then both together; docs/nano-zoo.md has the number
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm4vla_core.errors import InputError, nearest
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from vlm4vla_core.options import BackboneOptions
 
 IMAGE, PATCH = 112, 14  # pixels
-DEFAULT = "data/nano/default"
+CARD = "card.json"
 _SCALE = 0.15  # of the last norm: with word embeddings of std 0.5, tied logits start near the uniform distribution
 
 
@@ -222,3 +224,47 @@ FAMILIES = {
     "smolvlm": _smolvlm,
     "kosmos2": _kosmos2,
 }
+
+
+# --- what ships ---------------------------------------------------------------------------------------------
+
+
+def ship(checkpoint: Path, folder: Path, card: dict[str, Any]) -> None:
+    """Write a trained nano VLM as a checkpoint folder with weights in fp16 and `card.json`.
+
+    Loading gives fp32 again (`load_backbone`). Dense heads stay behind. The card is completed by family, size,
+    parameters and the fingerprint of the stored weights. Raises InputError when the checkpoint is none, or a policy.
+    """
+    from vlm4vla_core import checkpoint as checkpoints
+    from vlm4vla_core import folders
+
+    source = checkpoints.resolve(checkpoint)
+    manifest = folders.read_manifest(source, checkpoints.KIND)
+    if manifest["facts"]["policy"]:
+        raise InputError("a policy is no VLM", where=source, fix="give the checkpoint of a language stage")
+    backbone = checkpoints.load_backbone(source)
+    backbone.dense = None
+    half = {name: value.half() if value.is_floating_point() else value for name, value in backbone.state_dict().items()}
+    kind, name, size = str(backbone.lineage["source"]).split()
+    assert kind == "nano"
+    facts = {
+        "family": name,
+        "size": size,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "weights": fingerprint(half),
+    }
+    checkpoints.save(
+        folder, backbone, tensors=(half, {}), step=manifest["step"], config=manifest["config"],
+        inputs=manifest["inputs"], files={CARD: {**card, **facts}},
+    )  # fmt: skip
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of named tensors: names, types, shapes and bytes, in order of name."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlm4vla_core.errors import InputError, nearest
+from vlm4vla_core.folders import project_root
 from vlm4vla_core.options import PAPER, BackboneOptions
 
 # Settings that decide how a run is carried out but not what it computes; they may change between re-issues.
@@ -26,6 +27,7 @@ OPERATIONAL = frozenset({
     "snapshots", "parallel", "rollout_every", "rollout_benchmark", "rollout_tasks", "rollout_episodes",
 })  # fmt: skip
 
+DEFAULT = str(project_root() / "data/nano/paligemma-s")  # the nano VLM that one starts with
 DRAWN = ("tiny", "nano")  # backbones that are drawn from the seed, not read
 Part = Literal["vision", "projector", "decoder", "word_embeddings"]
 Objective = Literal["action", "language", "fast", "dense"]
@@ -247,6 +249,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_steps": 400, "batch_size": 32, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 60,
         "betas": (0.9, 0.98), "weight_decay": 0.02, "clip": 1.0, "save_every": 100, "val_every": 100, "threads": 1,
         "device": "cpu",
+    },
+    # What the stages of a nano VLM's pretraining share (data/nano/recipes).
+    "nano/pretrain": {
+        "backbone": "nano", "batch_size": 32, "lr": 2.5e-3, "schedule": "cosine", "warmup_steps": 100,
+        "betas": (0.9, 0.98), "weight_decay": 0.05, "clip": 1.0, "val_fraction": 0.03, "val_rows": 256,
+        "val_every": 500, "save_every": 500, "keep_last": 1, "log_every": 50, "threads": 1,
+    },
+    # The shipped nano VLM as a policy, on one thread a few minutes; vision at half the rate keeps what it has learnt.
+    "nano": {
+        "backbone": DEFAULT, "chunk": 4, "head": "mlp", "head_width": 256, "huber_delta": 0.3, "gripper_weight": 0.03,
+        "max_steps": 2000, "batch_size": 32, "lr": 8e-4, "vision_lr": 4e-4, "schedule": "cosine", "warmup_steps": 100,
+        "betas": (0.9, 0.98), "weight_decay": 0.05, "clip": 1.0, "val_fraction": 0.03, "save_every": 500,
+        "keep_last": 1, "val_every": 500, "log_every": 50, "threads": 1,
     },
 }  # fmt: skip
 
