@@ -43,7 +43,8 @@ class SimplerBridge:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import mani_skill.envs  # noqa: F401  (registers the environments)
-        logging.getLogger("mani_skill").setLevel(logging.ERROR)  # it warns of its own tasks' settings at every reset
+            from mani_skill.utils.logging_utils import logger
+        logger.setLevel(logging.ERROR)  # it warns of its own tasks' settings at every reset
         self.instruction, self.renewed, self.running = "", False, False
         self._benchmark, self._gripper = benchmark, gripper
         self._env: Any = None
