@@ -1,9 +1,10 @@
 """The path of a training, for the divergence probes: sketches of the weights and gradient norms at log-spaced steps.
 
-A sketch is a fixed random projection to SIZE numbers per module group (CountSketch, Charikar et al. 2002): every weight
-goes, with a random sign, into a random place. Signs and places depend on the parameter's name alone, so arms of one
-family share them, and inner products of differences of sketches estimate those of the weights without bias, with a
-standard error of at most sqrt(2 / SIZE) |x| |y|.
+A sketch is a fixed random projection to SIZE numbers per module group, after CountSketch (Charikar et al. 2002): every
+weight gets a random sign, every SIZE weights in a row are turned by a random number of places, and the rows are summed.
+Two weights meet with probability 1 / SIZE, or never. Signs and places depend on the parameter's name alone, so arms of
+one family share them, and inner products of differences of sketches estimate those of the weights without bias, with
+a standard error of at most sqrt(2 / SIZE) |x| |y|.
 
 Trap: subtract the start's sketch first. The weights themselves are far longer than what training moves.
 """
@@ -14,10 +15,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
-SIZE = 256
+SIZE = 256  # a turn is a byte
 _SEED = 20260103
 
 
@@ -43,12 +46,17 @@ def sketch(name: str, values: torch.Tensor) -> torch.Tensor:
     import torch
 
     seed = int.from_bytes(hashlib.sha256(f"{_SEED} {name}".encode()).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(seed)
-    flat, out = values.detach().float().flatten().cpu(), torch.zeros(SIZE)
-    for part in flat.split(1 << 22):  # large matrices would need several times their own memory
-        drawn = torch.randint(0, 2 * SIZE, (len(part),), generator=generator)
-        out.index_add_(0, drawn >> 1, part * ((drawn & 1) * 2 - 1))
-    return out
+    drawn, flat = np.random.PCG64(seed), values.detach().float().flatten().cpu()
+    turned = torch.zeros(SIZE, SIZE)  # sums of the rows that are turned by 0, 1, 2 … places
+    for part in flat.split(1 << 18):  # what the processor's cache holds: several times as fast as all at once
+        rows = -(-len(part) // SIZE)
+        part = torch.nn.functional.pad(part, (0, rows * SIZE - len(part))).numpy().reshape(rows, SIZE)
+        words = drawn.random_raw(rows * SIZE // 64 + -(-rows // 8)).view(np.uint8)
+        minus = np.unpackbits(words[: rows * SIZE // 8]).view(np.int8).reshape(rows, SIZE)
+        turns = torch.from_numpy(words[rows * SIZE // 8 :][:rows].astype(np.int64))
+        turned.index_add_(0, turns, torch.from_numpy(part * (1 - 2 * minus)))
+    places = torch.arange(SIZE)
+    return turned.gather(1, (places - places[:, None]) % SIZE).sum(0)
 
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
@@ -91,4 +99,4 @@ def record(folder: Path, model: torch.nn.Module, *, weights: bool = False, write
         save_file(sketches, temporary / "sketch.safetensors")
         if weights:
             save_file(every, temporary / "weights.safetensors")
-        folders.write_manifest(temporary, "snapshot", config={"size": SIZE, "seed": _SEED}, inputs={})
+        folders.write_manifest(temporary, "snapshot", config={"size": SIZE, "seed": _SEED, "projection": 2}, inputs={})

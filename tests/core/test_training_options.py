@@ -357,14 +357,49 @@ def test_snapshots_are_linear_shared_by_arms_and_change_nothing(data: Path, tmp_
 
 
 def test_sketches_estimate_inner_products():
-    """Over many names (as many draws of signs and places) the estimate is unbiased, its spread as stated."""
+    """Over many names (as many draws of signs and places) the estimate is unbiased, its spread as stated; also where
+    all that is large stands in one column of a matrix, or in one row."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 3000, generator=generator)
+    x, y = torch.randn(2, 12, 256, generator=generator)
     y = y + 0.5 * x
-    found = [float(trajectory.sketch(f"{n}", x) @ trajectory.sketch(f"{n}", y)) for n in range(300)]
-    bound = math.sqrt(2 / trajectory.SIZE) * float(x.norm() * y.norm())
-    assert abs(np.mean(found) - float(x @ y)) < 4 * bound / math.sqrt(300)
-    assert np.std(found) < 1.1 * bound
+    column, row = torch.full((12, 256), 1e-3), torch.full((12, 256), 1e-3)
+    column[:, 7], row[3] = 1.0, 1.0
+    for a, b in ((x, y), (column, x + column), (row, x + row)):
+        found = [float(trajectory.sketch(f"{n}", a) @ trajectory.sketch(f"{n}", b)) for n in range(300)]
+        bound = math.sqrt(2 / trajectory.SIZE) * float(a.norm() * b.norm())
+        assert abs(np.mean(found) - float((a * b).sum())) < 4 * bound / math.sqrt(300)
+        assert np.std(found) < 1.1 * bound
+
+
+def test_a_sketch_is_a_signed_sum_in_which_places_meet_as_often_as_by_chance():
+    """Its matrix, read out column by column: one entry of size 1 each, and linear beyond a part's end."""
+    size = 2 * trajectory.SIZE + 100
+    matrix = torch.stack([trajectory.sketch("w", one) for one in torch.eye(size)])
+    assert ((matrix != 0).sum(1) == 1).all() and set(matrix[matrix != 0].tolist()) == {1.0, -1.0}
+    assert abs(float(matrix.sum())) < 4 * math.sqrt(size)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(trajectory.sketch("w", x), x @ matrix)
+    long = torch.zeros((1 << 18) + 700)
+    long[: 1 << 18] = 1.0
+    rest = torch.zeros_like(long)
+    rest[1 << 18 :] = 2.0
+    both = trajectory.sketch("w", long) + trajectory.sketch("w", rest)
+    torch.testing.assert_close(trajectory.sketch("w", long + rest), both, rtol=1e-5, atol=1e-3)
+    places = [[int(trajectory.sketch(f"{n}", one).abs().argmax()) for one in torch.eye(2 * trajectory.SIZE)[[0, 300]]]
+              for n in range(2000)]  # fmt: skip
+    met = sum(a == b for a, b in places)
+    assert abs(met - 2000 / trajectory.SIZE) < 4 * math.sqrt(2000 / trajectory.SIZE)
+
+
+def test_snapshots_name_groups_as_the_probes_do(data: Path, tmp_path: Path):
+    """The divergence probe names its rows after the same groups of modules."""
+    from probes.divergence import weight_divergence
+
+    train(config(snapshots="sketch", max_steps=2), data, tmp_path / "vla")
+    taken = load_file(tmp_path / "vla" / "trajectory" / "step-000002" / "sketch.safetensors")
+    start, end = (checkpoint.step_folder(tmp_path / "vla", step) for step in (0, 2))
+    told = set(weight_divergence(start, end, end).to_frame()["group"])
+    assert told <= set(taken) | {"all"} and {"vision.0", "projector", "decoder.0", "embeddings"} <= told
 
 
 def test_the_plan_counts_what_training_makes(data: Path, tmp_path: Path, capsys):
