@@ -115,9 +115,6 @@ class SimplerBenchmark(SimulatorBenchmark):
             )
         return lines + driver.missing()
 
-    def env_seed(self, task: str, episode: int) -> int:
-        return episode
-
     def describe(self) -> dict[str, Any]:
         told = {task: found for task in self.tasks if (found := stand_ins(task))}
         return super().describe() | {
@@ -132,22 +129,25 @@ class SimplerBenchmark(SimulatorBenchmark):
 
 def practice_scene(task: str, episode: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions (2, 3) m and quaternions (2, 4), w first, of source and target for demonstration `episode`: none of the
-    fixed ones, within the square that those span, at their heights, any angle of the source about the vertical."""
+    fixed ones, but anywhere in the square that those span, at their heights, turned by up to 0.35 rad from theirs."""
     rng = np.random.default_rng([_PRACTICE, zlib.crc32(task.encode()), episode])
     if task == "widowx_put_eggplant_in_basket":  # tumbles where it falls; drawn about the fixed places
         position = np.array([-0.105, 0.206, 0.933]) + rng.uniform(-1, 1, 3) * [0.015, 0.02, 0.0]
         return np.stack([position, [-0.125, 0.025, 1.0]]), np.stack([_turn(rng.uniform(-np.pi, np.pi)), _turn(0.0)])
-    half, low, high = {
-        "widowx_spoon_on_towel": (0.075, 0.88, 0.875), "widowx_carrot_on_plate": (0.075, 0.887529, 0.869532),
-        "widowx_stack_cube": (0.1, 0.887529, 0.887529),
-    }[task]  # fmt: skip
-    apart = 0.08 if task == "widowx_stack_cube" else 0.13
+    half, heights, apart, turns = {
+        "widowx_spoon_on_towel": (0.075, (0.88, 0.875), 0.13, (0.0, np.pi / 2)),
+        "widowx_carrot_on_plate": (0.075, (0.887529, 0.869532), 0.13, (np.pi, -np.pi / 2)),
+        "widowx_stack_cube": (0.1, (0.887529, 0.887529), 0.08, (0.0,)),
+    }[task]
     while True:
         places = rng.uniform(-half, half, (2, 2)) + np.array([-0.16, 0.0])
         if np.linalg.norm(places[0] - places[1]) >= apart:
             break
-    turns = (rng.uniform(-np.pi, np.pi), rng.uniform(-np.pi, np.pi) if task == "widowx_stack_cube" else 0.0)
-    return np.column_stack([places, [low, high]]), np.stack([_turn(angle) for angle in turns])
+    angles = (
+        rng.choice(turns) + rng.uniform(-0.35, 0.35),
+        rng.uniform(-0.35, 0.35) if task == "widowx_stack_cube" else 0.0,
+    )
+    return np.column_stack([places, heights]), np.stack([_turn(angle) for angle in angles])
 
 
 def _turn(angle: float) -> np.ndarray:

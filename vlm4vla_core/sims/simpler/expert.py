@@ -17,6 +17,7 @@ from vlm4vla_core.episodes.rotations import to_matrix
 
 _STEP, _TURN = 0.03, 0.25  # largest motion per action, m and rad
 _HOVER = 0.10  # m over the object's middle before going down, and the same for what is carried over the target
+_LEAVE = 6  # steps up and away
 _OPEN = 0.033  # m, a finger that counts as open
 
 
@@ -59,6 +60,11 @@ class Expert:
 
     def __init__(self, task: str) -> None:
         self._manner, self._phase, self._since = MANNERS[task], "over", 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the hand has left what it put down."""
+        return self._phase == "leave" and self._since >= _LEAVE
 
     def __call__(self, seen: Seen) -> np.ndarray:
         for _ in range(3):  # a phase that is done already is passed at once

@@ -67,6 +67,7 @@ class SimplerBridge:
             number = 0
         env.reset(seed=episode, options={"episode_id": torch.tensor([number]), "reconfigure": True})
         self.instruction, self.renewed, self.running = env.get_language_instruction()[0], False, True
+        self._practice = practice
         self._steps, self._last, self._ever, self._grasped = 0, False, False, False
         self._command, self._expert = Commander(self._gripper), Expert(task)
         observation = self._observe()
@@ -83,6 +84,8 @@ class SimplerBridge:
         self._ever |= self._last
         self._grasped |= bool(info["is_src_obj_grasped"])
         self.running = self._steps < self._benchmark.step_limits[self._task]
+        if self._practice and self._expert.finished:  # the rest would be pictures of a hand that waits
+            self.running = False
         return self._observe()
 
     def outcome(self) -> dict[str, Any]:
