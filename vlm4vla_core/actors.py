@@ -94,9 +94,8 @@ class BaselineActor:
         return action
 
     def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        if self.name == "scripted":
-            return env.expert()[rows][:, None]  # (R, 1, A)
-        return np.stack([self.one(env.expert, rngs[row])[None] for row in rows])
+        every = env.expert() if self.name == "scripted" else np.empty(0)
+        return np.stack([self.one(lambda row=row: every[row], rngs[row])[None] for row in rows])  # type: ignore[misc]
 
     def driver(self, benchmark: Any, ensemble: str) -> Driver:
         return Driver(self.convention, self.execute, ensemble, benchmark.cameras[0], self)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from vlm4vla_core import evaluation
@@ -75,6 +76,12 @@ class LineBenchmark:
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "success_rule": self.success_rule}
+
+    def chosen(self, words: tuple[str, ...]) -> dict[str, Any]:
+        return dict(word.split("=") for word in words)
+
+    def missing(self) -> list[str]:
+        return []
 
 
 @dataclass
@@ -152,7 +159,7 @@ def test_nan_actions_are_refused() -> None:
         list(evaluation.rollout(LineBenchmark(), Broken(execute=1), CELLS))
 
 
-def test_conventions_must_agree() -> None:
+def test_conventions_must_agree_where_nothing_is_converted() -> None:
     evaluation.check_conventions(LINE, LINE, where="x")
     flipped = replace(LINE, gripper_open=-1.0)
     with pytest.raises(InputError, match=r"gripper_open -1\.0 against 1\.0"):
@@ -176,37 +183,101 @@ def line_world(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
+def run(policy: Any, out: Path, *, parallel: int = 64, **plan: Any) -> Any:
+    return evaluation.evaluate(evaluation.Plan(policy, "line@1", **plan), out, parallel=parallel)
+
+
 def test_reissuing_runs_only_the_missing_episodes(tmp_path: Path, line_world: list[int]) -> None:
-    first = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=2)
-    again = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=2)
-    more = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=3)
+    first = run("zero", tmp_path / "rows", episodes=2)
+    again = run("zero", tmp_path / "rows", episodes=2)
+    more = run("zero", tmp_path / "rows", episodes=3)
     assert line_world == [4, 2]
     assert len(first) == len(again) == 4
     assert len(more) == 6
     assert not more.duplicated(["task", "episode"]).any()
 
 
-def test_killed_evaluation_keeps_finished_groups(tmp_path: Path, line_world: list[int], monkeypatch) -> None:
-    original, calls = evaluation._save, []
+def test_killed_evaluation_keeps_finished_episodes(tmp_path: Path, line_world: list[int], monkeypatch) -> None:
+    """Stopped by Ctrl-C the rows are there; killed outright (nothing is gathered, the last line is half-written) they
+    are found in the journal by the next."""
+    from vlm4vla_core import journal
 
-    def dying(*args: Any) -> Any:
-        if len(calls) == 2:
+    original, written = journal.Journal.add, []
+
+    def dying(self: Any, row: dict[str, Any]) -> None:
+        original(self, row)
+        written.append(row)
+        if len(written) == 3:
             raise KeyboardInterrupt
-        calls.append(1)
-        return original(*args)
 
-    monkeypatch.setattr(evaluation, "_save", dying)
+    monkeypatch.setattr(journal.Journal, "add", dying)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=4, parallel=2)
-    monkeypatch.setattr(evaluation, "_save", original)
-    line_world.clear()
-    rows = evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=4, parallel=2)
-    assert sum(line_world) == 4
-    assert len(rows) == 8
+        run("zero", tmp_path / "rows", episodes=4, parallel=2)
+    assert len(pd.read_parquet(tmp_path / "rows" / "rows.parquet")) == 3
+    assert not list(tmp_path.glob(".*"))
+    written.clear()
+    monkeypatch.setattr(journal, "save", lambda *args: (_ for _ in ()).throw(MemoryError))  # as after kill -9
+    with pytest.raises(MemoryError):
+        run("zero", tmp_path / "rows", episodes=4, parallel=2)
+    (left,) = tmp_path.glob(".rows.rows.jsonl")
+    with left.open("a") as file:
+        file.write('{"task": "far", "epi')
+    monkeypatch.undo()
+    monkeypatch.setattr("vlm4vla_core.sims.benchmark", lambda name: LineBenchmark())
+    ran: list[Any] = []
+    rollout = evaluation.rollout
+    monkeypatch.setattr(evaluation, "rollout", lambda b, a, cells, **more: (ran.extend(cells), rollout(b, a, cells))[1])
+    rows = run("zero", tmp_path / "rows", episodes=4, parallel=2)
+    assert len(ran) == 8 - 3 - 3 and len(rows) == 8 and not rows.duplicated(["task", "episode"]).any()
+    assert list(zip(rows["task"], rows["episode"], strict=True)) == CELLS  # in the protocol's order
+    whole = run("zero", tmp_path / "undisturbed", episodes=4)
+    assert rows.drop(columns="wall_s").equals(whole.drop(columns="wall_s"))
+
+
+def test_a_journal_has_one_writer_and_one_evaluation(tmp_path: Path) -> None:
+    from vlm4vla_core.journal import Journal
+
+    with Journal(tmp_path / "rows", {"policy": "a"}, {}, ()) as kept:
+        with pytest.raises(InputError, match="another evaluation into this folder is running"):
+            Journal(tmp_path / "rows", {"policy": "a"}, {}, ()).__enter__()
+        kept.add({"task": "near", "episode": 0})
+        left = kept._path.read_text()
+    kept._path.write_text(left)
+    with pytest.raises(InputError, match="another policy, protocol or execute length was interrupted here"):
+        Journal(tmp_path / "other", {"policy": "b"}, {}, ())
+        kept._path.rename(tmp_path / ".other.rows.jsonl")
+        Journal(tmp_path / "other", {"policy": "b"}, {}, ()).__enter__()
+
+
+def test_shards_are_put_together_and_gaps_and_doubles_refused(tmp_path: Path, line_world: list[int]) -> None:
+    import shutil
+
+    plan, out = evaluation.Plan("random", "line@1", episodes=3), tmp_path / "rows"
+    for index in (1, 2, 3):
+        evaluation.evaluate(plan, out, shard=(index, 3))
+        if index < 3:
+            with pytest.raises(InputError, match=r"shards .*3/3 are missing"):
+                evaluation.merge(plan, out)
+    assert line_world == [2, 2, 2] and not out.exists()
+    home = tmp_path / "rows-shards"
+    with pytest.raises(InputError, match=r"2 episodes are missing \(far:3, near:3\)"):
+        evaluation.merge(replace(plan, episodes=4), out)
+    with pytest.raises(InputError, match=r"2 episodes were not asked for"):
+        evaluation.merge(replace(plan, episodes=2), out)
+    merged = evaluation.merge(plan, out)
+    whole = run("random", tmp_path / "whole", episodes=3)
+    assert merged.drop(columns="wall_s").equals(whole.drop(columns="wall_s"))
+    shutil.rmtree(home / "3-of-3")
+    shutil.copytree(home / "1-of-3", home / "3-of-3")
+    with pytest.raises(InputError, match=r"2 episodes are there twice"):
+        evaluation.merge(plan, out)
+    shutil.copytree(home / "1-of-3", home / "1-of-4")
+    with pytest.raises(InputError, match="shards of 3 and 4 parts lie together"):
+        evaluation.merge(plan, out)
 
 
 def test_a_task_named_twice_is_run_once(tmp_path: Path, line_world: list[int]) -> None:
-    rows = evaluation.evaluate("zero", "line@1", tmp_path / "rows", tasks=["near", "near"], episodes=2)
+    rows = run("zero", tmp_path / "rows", tasks=["near", "near"], episodes=2)
     assert len(rows) == 2
 
 
@@ -214,7 +285,7 @@ def test_a_folder_of_something_else_is_refused_before_any_episode(tmp_path: Path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(InputError, match=r"no rollouts folder.*give another --out"):
-        evaluation.evaluate("zero", "line@1", tmp_path / "run", episodes=1)
+        run("zero", tmp_path / "run", episodes=1)
     assert line_world == [] and (tmp_path / "run" / "run.json").exists()
 
 
@@ -233,7 +304,7 @@ def test_a_policy_s_rows_are_its_own_closed_loop(tmp_path: Path, line_world: lis
     from vlm4vla_core import folders
     from vlm4vla_core.policy import VLAPolicy
 
-    rows = evaluation.evaluate(policy, "line@1", tmp_path / "rows", tasks=["near"], episodes=2, execute=2)
+    rows = run(policy, tmp_path / "rows", tasks=["near"], episodes=2, execute=2)
     assert list(rows.columns) == list(EPISODE_COLUMNS)
     assert set(rows["execute"]) == {2} and set(rows["note"]) == {"tiny random model"}
     assert set(rows["run_id"]) == {folders.read_manifest(policy, "checkpoint")["fingerprint"]}
@@ -252,17 +323,17 @@ def test_a_policy_s_rows_are_its_own_closed_loop(tmp_path: Path, line_world: lis
 
 
 def test_the_execute_length_is_asked_for_or_the_protocol_s_or_the_chunk(policy: Path) -> None:
-    assert evaluation._make_actor(policy, LineBenchmark(), None, None).execute == 3
-    assert evaluation._make_actor(policy, LineBenchmark(execute=2), None, None).execute == 2
-    assert evaluation._make_actor(policy, LineBenchmark(execute=2), 1, None).execute == 1
+    assert evaluation.make_actor(policy, LineBenchmark(), None, None).execute == 3
+    assert evaluation.make_actor(policy, LineBenchmark(execute=2), None, None).execute == 2
+    assert evaluation.make_actor(policy, LineBenchmark(execute=2), 1, None).execute == 1
     with pytest.raises(InputError, match="between 1 and 3"):
-        evaluation._make_actor(policy, LineBenchmark(), 4, None)
+        evaluation.make_actor(policy, LineBenchmark(), 4, None)
 
 
 def test_rows_of_another_policy_are_not_mixed_in(tmp_path: Path, line_world: list[int]) -> None:
-    evaluation.evaluate("zero", "line@1", tmp_path / "rows", episodes=1)
+    run("zero", tmp_path / "rows", episodes=1)
     with pytest.raises(InputError, match="another policy"):
-        evaluation.evaluate("random", "line@1", tmp_path / "rows", episodes=1)
+        run("random", tmp_path / "rows", episodes=1)
 
 
 @pytest.mark.parametrize(
@@ -292,10 +363,10 @@ def test_a_look_kept_for_the_test_and_an_unknown_camera_are_refused(policy: Path
     model.backbone.lineage["domains"] = ["A", "D"]
     model.save(tmp_path / "seen")
     with pytest.raises(InputError, match=r"trained in look D, which line@1 keeps for the test.*demonstrations in A"):
-        evaluation._make_actor(tmp_path / "seen", LineBenchmark(), None, None)
-    evaluation._make_actor(tmp_path / "seen", LineBenchmark(kept_for_test=frozenset()), None, None)
+        evaluation.make_actor(tmp_path / "seen", LineBenchmark(), None, None)
+    evaluation.make_actor(tmp_path / "seen", LineBenchmark(kept_for_test=frozenset()), None, None)
     with pytest.raises(InputError, match=r"camera 'front', and line@1 has none of that name.*--camera wrist"):
-        evaluation._make_actor(policy, LineBenchmark(cameras=("wrist",)), None, None)
+        evaluation.make_actor(policy, LineBenchmark(cameras=("wrist",)), None, None)
 
 
 def test_chain_summary() -> None:

@@ -75,9 +75,9 @@ def test_batched_answers_equal_single_predictions(policy: Any, checkpoint: Path)
 def played(policy: Any, deterministic: bool) -> tuple[list[dict[str, Any]], list[bytes]]:
     """Rows without times, and every state of the world on the way."""
     bench, states = benchmark("tabletop-tasks@1"), []
-    actor = evaluation._make_actor(policy, bench, None, None, deterministic)
+    actor = evaluation.make_actor(policy, bench, deterministic=deterministic)
     cells = [(task, episode) for task in TASKS for episode in range(3)]
-    rows = evaluation.rollout(bench, actor, cells, watch=lambda env: states.append(env.state.gripper.tobytes()))
+    rows = evaluation.rollout(bench, actor, cells, watch=lambda env, _: states.append(env.state.gripper.tobytes()))
     return [{**row, "wall_s": None} for row in rows], states
 
 
@@ -105,7 +105,7 @@ def test_evaluate_remote_writes_the_rows_of_evaluate(policy: Any, checkpoint: Pa
 
 def refused(policy: Any, told: dict[str, Any], words: str) -> None:
     with serving(policy, told) as server, pytest.raises(InputError, match=words):
-        evaluation._make_actor(Remote(server.address), benchmark("tabletop-tasks@1"), None, None)
+        evaluation.make_actor(Remote(server.address), benchmark("tabletop-tasks@1"), None, None)
 
 
 def test_a_remote_policy_is_checked_as_a_local_one(policy: Any, checkpoint: Path) -> None:
