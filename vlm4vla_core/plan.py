@@ -18,25 +18,42 @@ def plan(config: TrainConfig, data: Sequence[Path]) -> dict[str, Any]:
 
     opened = Data(config, data)
     rows = sum(map(len, opened.mixture.train))
-    saved = {0, config.max_steps, *(range(0, config.max_steps, config.save_every) if config.save_every else ())}
-    kept = len(saved) if not config.keep_last else min(len(saved), config.keep_last + 2)
     total, trained, tokens = _sizes(config, opened)
-    # In a checkpoint: fp32 weights, and the optimizer's two moments (and the average) of what is trained.
-    gigabytes = (4 * total + (8 + 4 * bool(config.ema)) * trained) / 1e9
     return {
         "objectives": ", ".join(f"{name} ({weight:g})" for name, weight in config.objectives().items()),
         "parameters": total,
         "trained": trained,
-        "memory": f"{(16 * trained + 4 * (total - trained)) / 1e9:.3g} GB of weights, gradients and optimizer in fp32",
+        "memory": _memory(config, total, trained),
         "tokens_per_sample": tokens,
         "training_rows": rows,
         "validation_rows": len(opened.val.rows),
         "steps": config.max_steps,
         "samples_per_step": config.batch_size,
         "epochs": round(config.max_steps * config.batch_size / max(1, rows), 2),
-        "checkpoints": f"{len(saved)} written, {kept} kept, {gigabytes:.3g} GB each",
+        "checkpoints": _checkpoints(config, total, trained),
         "cut_by_normalisation": {name: round(share, 4) for name, share in opened.cut().items()},
     }
+
+
+def _memory(config: TrainConfig, total: int, trained: int) -> str:
+    """fp32: weights of everything; gradient, two moments and the average, if any, of what is trained."""
+    needed = (4 * total + (12 + 4 * bool(config.ema)) * trained) / 1e9
+    told = f"{needed:.3g} GB of weights, gradients and optimizer in fp32"
+    if config.parallel == "fsdp":
+        return f"{told}, shared among all processes ({needed / 8:.3g} GB in each of 8, {needed / 16:.3g} of 16)"
+    return f"{told}, in every process"
+
+
+def _checkpoints(config: TrainConfig, total: int, trained: int) -> str:
+    """fp32 weights, and the optimizer's moments and average of what is trained, which the start has not."""
+    steps = sorted({0, config.max_steps, *(range(0, config.max_steps, config.save_every) if config.save_every else ())})
+    kept = len(steps) if not config.keep_last else min(len(steps), config.keep_last + 2)
+    shown = ", ".join(map(str, steps if len(steps) < 5 else [*steps[:3], "…", steps[-1]]))
+    start, each = 4 * total / 1e9, (4 * total + (8 + 4 * bool(config.ema)) * trained) / 1e9
+    best = ", and the best of every validation" if config.keep_last else ""
+    return (
+        f"{len(steps)} written (steps {shown}{best}), {kept} kept; the start {start:.3g} GB, the others {each:.3g} GB"
+    )
 
 
 def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +405,8 @@ def test_snapshots_name_groups_as_the_probes_do(data: Path, tmp_path: Path):
 
 def test_the_plan_counts_what_training_makes(data: Path, tmp_path: Path, capsys):
     words = ["train", "tiny", "--data", str(data), "--max-steps", "2", "--batch-size", "2", "--val-rows", "4"]
-    words += ["--freeze", "vision", "--out", str(tmp_path / "run"), "--json", str(tmp_path / "r.json")]
+    words += ["--freeze", "vision", "--save-every", "1", "--family", "qwen2_vl"]
+    words += ["--out", str(tmp_path / "run"), "--json", str(tmp_path / "r.json")]
     assert main([*words, "--dry-run"]) == 0
     plan = json.loads((tmp_path / "r.json").read_text())
     assert main(words) == 0
@@ -415,11 +417,24 @@ def test_the_plan_counts_what_training_makes(data: Path, tmp_path: Path, capsys)
     lengths = {policy.backbone.collate(np.zeros((1, 28, 28, 3), np.uint8), [text])["input_ids"].shape[1]
                for text in store.instructions}  # fmt: skip
     assert plan["tokens_per_sample"].startswith(f"{min(lengths)} to {max(lengths)},")
-    assert plan["checkpoints"].startswith("2 written")
+    written = checkpoint.complete(tmp_path / "run")
+    assert plan["checkpoints"].startswith(f"{len(written)} written (steps 0, 1, 2), 3 kept")
+    told = [float(size) for size in re.findall(r"([\d.]+) GB", plan["checkpoints"])]
+    files = [sum(file.stat().st_size for file in (path / checkpoint.WEIGHTS, path / checkpoint.STATE)) / 1e9
+             for path in (written[0], written[-1])]  # fmt: skip
+    assert told == pytest.approx(files, rel=0.02)  # headers and names come on top
+    total, trained = made["total"], made["trained"]
+    assert float(plan["memory"].split()[0]) == pytest.approx((16 * trained + 4 * (total - trained)) / 1e9, rel=0.01)
+    assert (plan["steps"], plan["samples_per_step"], policy.backbone.spec.name) == (2, 2, "qwen2_vl")
     capsys.readouterr()
     assert main(["train", "paper/bridge", "--data", str(data), "--out", str(tmp_path / "x"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "5e-5 for PaliGemma" in shown and not (tmp_path / "x").exists()
+    large = ["train", "paper/bridge", "--data", str(data), "--out", str(tmp_path / "x"), "--dry-run"]
+    assert main([*large, "--backbone", "Qwen/Qwen3-VL-30B-A3B-Instruct", "--parallel", "fsdp"]) == 0
+    assert "492 GB of weights, gradients and optimizer in fp32, shared among all processes (61.5 GB in each of 8" in (
+        capsys.readouterr().out
+    )  # 61.5: an independent count of this model (the facts of the stack's page)
 
 
 def test_a_gpu_that_is_not_there_and_an_unknown_tracker_are_refused(data: Path, tmp_path: Path):
