@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probes.readout import ALPHAS, ridge_path
+from probes.grid import ALPHAS, ridge_path
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,9 +118,9 @@ def predict_gripper(
 
 def gripper_places(store: EpisodeStore) -> np.ndarray:
     """(N, 3) the gripper's recorded position, metres. Raises InputError for a store that does not record it."""
-    from probes.readout import target
+    from probes.targets import target_of
 
-    return target(store, "gripper_xyz")[1]
+    return target_of(store, "gripper_xyz").values
 
 
 def on_picture(store: EpisodeStore, episode: int, camera: str, places: np.ndarray) -> np.ndarray:

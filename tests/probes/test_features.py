@@ -199,14 +199,15 @@ def test_probe_finds_the_spot_where_it_is(room: Path, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "pixels 16 x 16" in text and "labels of other episodes" in text and "mean predictor" in text
     result = json.loads(out.read_text())
+    (told,) = result["results"]
     rows = {(row["kind"], row["layer"]): row for row in result["rows"]}
     assert rows["mean", ""]["r2"] == pytest.approx(0, abs=1e-9)
     assert rows["pixels", ""]["r2"] > 0.4  # the spot is plain to see
-    assert rows["features", result["layer"]]["r2"] > 0.3 and rows["shuffled", result["layer"]]["r2"] < 0.2
+    assert rows["features", told["layer"]]["r2"] > 0.3 and rows["shuffled", told["layer"]]["r2"] < 0.2
     assert rows["features", "vision.0"]["r2_x"] > 0.3
-    assert sum(result["episodes"].values()) == 70
+    assert sum(told["episodes"].values()) == 70
     names = [difference["name"] for difference in result["differences"]]
-    assert f"net0 - pixels, {result['layer']}" in names and "net0 - net1, projector" in names
+    assert f"net0 - pixels, {told['layer']}" in names and "net0 - net1, projector" in names
     assert main(command) == 0
     assert capsys.readouterr().out.strip() == f"{out} is up to date"
 
@@ -216,7 +217,7 @@ def test_bad_input_of_the_probe_verb(room: Path, tmp_path: Path, capsys: pytest.
     features = room / "f0"
     assert "another episode store" in error_of(["probe", features, "--data", other.path], capsys)
     wrong = error_of(["probe", features, "--data", room / "store", "--target", "griper_xyz"], capsys)
-    assert "unknown target 'griper_xyz'; did you mean 'gripper_xyz'?" in wrong
+    assert "unknown target 'griper_xyz' of a linear readout; did you mean 'gripper_xyz'?" in wrong
     assert "no manifest.json" in error_of(["probe", room, "--data", room / "store"], capsys)
     command = ["features", room / "net0", "--data", other.path, "--out", tmp_path / "f"]
     assert main([str(word) for word in command]) == 0
@@ -296,4 +297,4 @@ def test_real_bridge_data_goes_through_features_and_probe(samples: Path, room: P
     assert main(command) == 0
     assert main(["probe", str(tmp_path / "f"), "--data", str(store), "--json", str(tmp_path / "p.json")]) == 0
     result = json.loads((tmp_path / "p.json").read_text())
-    assert sum(result["episodes"].values()) <= 25 and all(row["r2"] <= 1 for row in result["rows"])
+    assert sum(result["results"][0]["episodes"].values()) <= 25 and all(row["r2"] <= 1 for row in result["rows"])

@@ -7,19 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probes.readout import (
-    ALPHAS,
-    Parts,
-    Readout,
-    _interval,
-    _other_episodes,
-    best_layer,
-    compare,
-    read_out,
-    ridge_path,
-    split,
-    target,
-)
+from probes.control import other_episodes
+from probes.grid import ALPHAS, Parts, ridge_path
+from probes.readout import Readout, _interval, best_layer, compare_probes, read_out, split
+from probes.targets import target_of
 from vlm4vla_core.errors import InputError
 
 
@@ -137,7 +128,7 @@ def test_shuffled_labels_come_from_other_episodes_and_keep_their_order() -> None
     episodes = np.repeat([3, 5, 9], [4, 6, 2])
     y = np.stack([episodes * 100.0 + np.concatenate([np.arange(4), np.arange(6), np.arange(2)])], axis=1)
     for seed in range(20):
-        out = _other_episodes(y, episodes, np.random.default_rng(seed))
+        out = other_episodes(y, episodes, np.random.default_rng(seed))
         assert not np.any(out // 100 == y // 100)
         for episode in (3, 5, 9):
             part = out[episodes == episode, 0]
@@ -162,24 +153,24 @@ def test_comparison_is_paired() -> None:
     rng = np.random.default_rng(2)
     full = read_out("full", x, y, episodes, parts)
     worse = read_out("worse", x + 0.3 * rng.normal(size=x.shape), y, episodes, parts)
-    difference = compare(full, worse)
+    difference = compare_probes(full, worse)
     assert difference.value == pytest.approx(full.mean - worse.mean)
     assert difference.interval is not None and 0 < difference.interval.low < difference.value
     assert full.interval is not None
     paired, single = np.ptp(difference.interval), np.ptp(full.interval)
     assert paired < 0.7 * single  # what both share drops out
-    same = compare(full, full)
+    same = compare_probes(full, full)
     assert same.value == 0 and same.interval == (0, 0)
     elsewhere = read_out("elsewhere", x, y, episodes, split(episodes, seed=5))
     with pytest.raises(InputError, match="not tested on the same frames of the same episodes"):
-        compare(full, elsewhere)
+        compare_probes(full, elsewhere)
 
 
 def test_one_test_episode_has_no_interval() -> None:
     x, y, episodes = planted(count=3)
     parts = split(episodes)
     readout = read_out("small", x, y, episodes, parts)
-    assert readout.interval is None and compare(readout, readout).interval is None
+    assert readout.interval is None and compare_probes(readout, readout).interval is None
 
 
 @pytest.mark.slow
@@ -204,16 +195,20 @@ class FakeStore:
     state_names = ("x", "y", "z", "gripper")
     state = np.arange(12, dtype=np.float32).reshape(3, 4)
 
+    def __len__(self) -> int:
+        return len(self.state)
+
 
 def test_target_is_read_from_the_named_states() -> None:
-    dims, values = target(FakeStore(), "gripper_xyz")  # type: ignore[arg-type]
-    assert dims == ("x", "y", "z") and np.array_equal(values, FakeStore.state[:, :3])
+    found = target_of(FakeStore(), "gripper_xyz")  # type: ignore[arg-type]
+    assert found.dims == ("x", "y", "z") and np.array_equal(found.values, FakeStore.state[:, :3])
+    assert found.defined.all() and found.metres
     with pytest.raises(InputError, match=r"unknown target 'griper_xyz'; did you mean 'gripper_xyz'"):
-        target(FakeStore(), "griper_xyz")  # type: ignore[arg-type]
+        target_of(FakeStore(), "griper_xyz")  # type: ignore[arg-type]
     joints = FakeStore()
     joints.state_names = ("joint_0", "joint_1", "z", "gripper")
     with pytest.raises(InputError, match=r"needs the states x, y \[runs/store\]; this store records: joint_0"):
-        target(joints, "gripper_xyz")  # type: ignore[arg-type]
+        target_of(joints, "gripper_xyz")  # type: ignore[arg-type]
 
 
 def test_bad_features_and_targets_are_named() -> None:

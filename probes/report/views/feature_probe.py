@@ -52,9 +52,9 @@ def answer(result: Probe) -> str:
             f"raw pixels at {_pixels()} × {_pixels()}", result.differences[f"{result.label} - pixels, {result.layer}"]
         )
     ]
-    if result.against:
-        key = f"{result.label} - {result.against_label}, {result.layer}"
-        parts.append(_compared(f"{result.against_label} at the same layer", result.differences[key]))
+    for label in result.against:
+        key = f"{result.label} - {label}, {result.layer}"
+        parts.append(_compared(f"{label} at the same layer", result.differences[key]))
     return f"{text}: {' and '.join(parts)}."
 
 
@@ -79,7 +79,7 @@ def difference_table(result: Probe) -> pd.DataFrame:
     rows = [
         {"comparison": name.replace(" - ", " − "), "difference in R²": signed(value, 3),
          "95 % interval": None if interval is None else span(*interval, digits=3)}
-        for name, (value, interval) in result.differences.items()
+        for name, (value, interval, _) in result.differences.items()
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -145,7 +145,8 @@ def numbers(result: Probe, alike: CkaMatrix) -> dict[str, Any]:
     from probes.jsonable import jsonable
 
     differences = [
-        {"name": name, "value": value, "interval": interval} for name, (value, interval) in result.differences.items()
+        {"name": name, "value": value, "interval": interval}
+        for name, (value, interval, _) in result.differences.items()
     ]
     tables = {"readouts": result.to_frame(), "similarity": alike.to_frame()}
     return dict(jsonable({"layer": result.layer, "target": result.target, "differences": differences,
