@@ -85,13 +85,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema": {"ema": 0.9, "query_lr": 1e-2, "head_lr": 1e-2, "workers": 3},
     "dropout": {"family": "kosmos2", "dropout": True, "image_size": 56},
     "bf16": {"precision": "bf16", "checkpoint_activations": True},
+    "compile": {"compile": True, "pad_to": 48, "precision": "bf16"},
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_option_resumes_exactly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    settings = config(**VARIANTS[name], save_every=2)
+    settings, compile_layers = config(**VARIANTS[name], save_every=2), VLAPolicy.compile_layers
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:  # graphs are made and run as they are: a C compiler takes a minute
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(VLAPolicy, "compile_layers", lambda self: compile_layers(self, backend=backend))
     train(settings, data, tmp_path / "whole")
+    assert bool(graphs) == (name == "compile")
     with monkeypatch.context() as patch:
         crash_at(patch, 3)
         with pytest.raises(RuntimeError, match="crash"):
@@ -310,6 +319,32 @@ def test_out_of_memory_says_what_to_lower(data: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(VLAPolicy, "forward", lambda self, batch: {"loss": torch.empty(1 << 60)})
     with pytest.raises(InputError, match=r"out of memory at step 0 with 4 samples at once.*--accumulate 2"):
         train(config(), data, tmp_path / "run")
+
+
+def test_validation_errors_are_in_physical_units(data: Path, tmp_path: Path, capsys):
+    """Against the errors of the saved policy's own predictions, in metres and radians, and as millimetres and degrees
+    in the table that people see."""
+    words = ["train", "tiny", "--data", str(data), "--max-steps", "8", "--batch-size", "4", "--val-fraction", "0.3"]
+    assert main([*words, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "r.json")]) == 0
+    found, shown = json.loads((tmp_path / "r.json").read_text())["end"], capsys.readouterr().out
+    policy, store = VLAPolicy.load(tmp_path / "run"), EpisodeStore.open(data)
+    rows = Data(make_config("tiny", {"val_fraction": 0.3}), [data]).val.rows
+    assert found["rows"] == len(rows) > 6
+    errors, right = [], []
+    for row in rows:
+        text = store.instructions[store.episode_of[row]]
+        chunk = policy.predict(store.images("front", np.array([row]), 112), [text]).actions[0]
+        for step, action in enumerate(chunk):
+            if row + step < len(store.action) and store.episode_of[row + step] == store.episode_of[row]:
+                true = policy.config.denormalise(policy.config.normalise(store.action[[row + step]]))[0]
+                errors.append(np.abs(action - true)[:6])
+                right.append(action[6] == store.action[row + step, 6])
+    mean = np.mean(errors, axis=0)
+    assert [found["error"][name] for name in ("x", "y", "z", "roll", "pitch", "yaw")] == pytest.approx(mean, rel=1e-4)
+    assert found["gripper_accuracy"] == pytest.approx(np.mean(right))
+    table = {line.split("  ")[0]: line.split()[-1] for line in shown.splitlines() if line.startswith("mean error")}
+    assert float(table["mean error x [mm]"]) == pytest.approx(1000 * mean[0], abs=1e-3)
+    assert float(table["mean error yaw [degrees]"]) == pytest.approx(np.degrees(mean[5]), abs=1e-3)
 
 
 # --- stages, snapshots, plan ----------------------------------------------------------------------------
