@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 IMAGE, PATCH = 112, 14  # pixels
 CARD = "card.json"
+_SOFTLY = 0.4
 _SCALE = 0.15  # of the last norm: with word embeddings of std 0.5, tied logits start near the uniform distribution
 
 
@@ -83,7 +84,8 @@ def nano(
 
 
 def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
-    """`tiny.initialise`, and a small last norm that keeps tied logits near 0."""
+    """`tiny.initialise`, and a small last norm that keeps tied logits near 0; Kosmos-2's decoder, whose layers are named
+    otherwise, writes into the residual stream as softly as the others' do."""
     import torch
 
     from vlm4vla_core.tiny import initialise as draw
@@ -91,6 +93,9 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
     draw(base, spec, generator)
     with torch.no_grad():  # Gemma's norms multiply by 1 + weight
         base.get_submodule(spec.norm).weight.fill_(_SCALE - (spec.embed_scale == "inside"))
+        for name, parameter in base.get_submodule(spec.layers).named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                parameter.mul_(_SOFTLY)
 
 
 def _size(name: str) -> NanoSize:
