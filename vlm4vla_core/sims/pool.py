@@ -143,7 +143,7 @@ class _Pool:
         self._workers: dict[Connection, _Worker] = {}
         self._looks: list[tuple[_Worker, Any, str]] = []
         self._failures: Counter[Any] = Counter()
-        self._started = 0
+        self._started, self._asked, self._patience = 0, 0.0, 0.0
 
     def run(self, workers: int) -> Iterator[tuple[Order, dict[str, Any], float]]:
         for _ in range(workers):
@@ -160,6 +160,7 @@ class _Pool:
                         yield order, message[1], message[2]
                     elif message[0] == "look":
                         worker.waits = True
+                        self._asked = self._asked if self._looks else time.monotonic()
                         self._looks.append((worker, message[1], message[2]))
                     if message[0] in ("ready", "done"):
                         worker.ready = True
@@ -169,7 +170,9 @@ class _Pool:
             for worker in [one for one in self._workers.values() if not one.waits]:
                 if time.monotonic() - worker.heard > self._timeout:
                     self._replace(worker, f"no sign of life for {self._timeout:g} s")
-            if self._looks and not wait([w.connection for w in self._workers.values() if not w.waits], 0):
+            # Waiting for others half as long as a prediction takes makes it larger, and costs at most that.
+            busy = [worker.connection for worker in self._workers.values() if not worker.waits]
+            if self._looks and not (busy and wait(busy, max(0.0, self._asked + self._patience - time.monotonic()))):
                 self._answer()
 
     def _start(self) -> None:
@@ -206,9 +209,10 @@ class _Pool:
     def _answer(self) -> None:
         """One prediction for everybody who waits."""
         assert isinstance(self._actor, PolicyActor)
-        looks, self._looks = self._looks, []
+        (looks, self._looks), began = (self._looks, []), time.monotonic()
         chunks = self._actor.plan([picture for _, picture, _ in looks], [words for _, _, words in looks])
         check_finite(chunks, self._actor.labels["model"])
+        self._patience = (time.monotonic() - began) / 2 if self._actor.batch_size > 1 else 0.0
         for (worker, _, _), chunk in zip(looks, chunks, strict=True):
             try:
                 worker.send(chunk)
