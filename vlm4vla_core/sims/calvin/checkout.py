@@ -110,10 +110,11 @@ class Checkout:
     def make(self, scene: str, *, egl: bool) -> Any:
         """A simulation of one scene. One per process: some of calvin_env's calls name no physics client."""
         config = self.config(scene)
-        return self.env_class(
-            robot_cfg=config.robot, scene_cfg=config.scene, cameras=config.cameras, seed=0, use_vr=False,
-            show_gui=False, bullet_time_step=240.0, control_freq=30, use_scene_info=True, use_egl=egl,
-        )  # fmt: skip
+        with quiet():
+            return self.env_class(
+                robot_cfg=config.robot, scene_cfg=config.scene, cameras=config.cameras, seed=0, use_vr=False,
+                show_gui=False, bullet_time_step=240.0, control_freq=30, use_scene_info=True, use_egl=egl,
+            )  # fmt: skip
 
 
 def open_checkout() -> Checkout:
@@ -148,6 +149,21 @@ def _load(path: Path) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.load(path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No words on standard output, not even PyBullet's own, which come from C."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.sims.calvin import chains
 from vlm4vla_core.sims.calvin import expert as scripted
-from vlm4vla_core.sims.calvin.checkout import open_checkout
+from vlm4vla_core.sims.calvin.checkout import open_checkout, quiet
 from vlm4vla_core.sims.simulator import Observation, SimulatorBenchmark
 
 CHAIN, STEP_LIMIT = "chain", 360  # steps of one part of a chain
@@ -59,7 +59,7 @@ class CalvinSimulator:
         asked in a phrase of CALVIN's training data."""
         if task not in scripted.TASKS:
             raise InputError(f"CALVIN has no scripted expert for '{task}'", fix=nearest(task, scripted.TASKS))
-        rng = np.random.default_rng([seed, 0xCA1])
+        rng = np.random.default_rng([seed, 0xCA1, scripted.TASKS.index(task)])
         self._open(scene)
         self._env.reset(np.array(chains.ROBOT_START), self._practice_scene(task, rng))
         self._wander(rng)
@@ -75,6 +75,8 @@ class CalvinSimulator:
         if scene != self.domain:
             self.close()
             self._env, self.domain = self._checkout.make(scene, egl=self._egl), scene
+            # Its deletion would close it once more, and with it whichever simulation has its number by then.
+            self._shut, self._env.close = self._env.close, lambda: None
             if self._env.cid != 0:  # some of calvin_env's calls name no client and reach number 0
                 raise RuntimeError("this process holds another PyBullet connection; CALVIN needs one of its own")
             self._cameras = {f"rgb_{camera.name}": camera for camera in self._env.cameras}
@@ -235,6 +237,6 @@ class CalvinSimulator:
 
     def close(self) -> None:
         if self._env is not None:
-            self._env.close()
-            self._env.ownsPhysicsClient = False  # or its deletion would disconnect the one that comes next
+            with quiet():
+                self._shut()
             self._env, self.domain = None, ""
