@@ -22,8 +22,10 @@ if not os.environ.get("CALVIN_ROOT"):
     pytest.skip("CALVIN_ROOT is not set: it names a checkout of mees/calvin", allow_module_level=True)
 if gone := BENCH.missing():
     pytest.skip(f"CALVIN cannot run here: {gone[0]}", allow_module_level=True)
+LAYER = ""
 if where("pybullet_utils", "calvin") != "here":  # the layer holds nothing that .venv holds too
-    sys.path.append(str(packages("calvin", "pybullet_utils")[0].parent))
+    LAYER = str(packages("calvin", "pybullet_utils")[0].parent)
+    sys.path.append(LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +231,21 @@ def test_a_recording_in_calvins_layout_is_read_back(tmp_path, world):
         assert 2000 < np.median(one.depth["rgb_static"]) < 6000  # mm: the camera stands 4 m away
     with pytest.raises(InputError, match="other settings"):
         layout.record(layout.Args(tmp_path, training=3, validation=1, tasks=tasks[:1]))
+
+
+# --- through the pool -------------------------------------------------------------------------------------
+
+
+def test_two_chains_are_the_same_rows_with_one_worker_and_with_two(tmp_path, monkeypatch):
+    from vlm4vla_core.evaluation import Plan, evaluate
+
+    if LAYER:  # it is on this process's path, so the workers are started with this Python
+        monkeypatch.setenv("PYTHONPATH", LAYER)
+    rows = []
+    for workers in (1, 2):
+        plan = Plan("random", "calvin-abc-d@1", episodes=2)
+        found = evaluate(plan, tmp_path / str(workers), workers=workers)
+        rows.append(found.sort_values("episode").drop(columns="wall_s").reset_index(drop=True))
+    assert rows[0].equals(rows[1]) and rows[0]["steps"].min() >= 360
+    assert list(rows[0]["episode"]) == [0, 1] and set(rows[0]["protocol"]) == {"calvin-abc-d@1"}
+    assert rows[0]["note"].str.contains("tiny renderer").all()
