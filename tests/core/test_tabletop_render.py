@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.sims.tabletop import render, tasks, world
+from vlm4vla_core.sims.tabletop import primitives, render, tasks, world
 from vlm4vla_core.sims.tabletop import scenes as starts
 from vlm4vla_core.sims.tabletop.expert import expert
 
@@ -128,8 +128,8 @@ def literal(state: world.State, domain: str, size: int, view: str) -> tuple[np.n
         forward[0] * right[1] - forward[1] * right[0],
     ]
     light = [v / math.sqrt(dot(list(look.light), list(look.light))) for v in look.light]
-    solids = [(group, r) for group in render._solids(state[:1], [look], True) for r in range(len(group.rows))]
-    decals = [(group, r) for group in render._decals(state[:1], [look], True) for r in range(len(group.rows))]
+    solids = [(group, r) for group in primitives.solids(state[:1], [look], True) for r in range(len(group.rows))]
+    decals = [(group, r) for group in primitives.decals(state[:1], [look], True) for r in range(len(group.rows))]
     colour, depth, label = np.zeros((size, size, 3)), np.zeros((size, size)), np.zeros((size, size), int)
     for row in range(size):
         for column in range(size):

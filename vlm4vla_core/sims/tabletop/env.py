@@ -17,8 +17,9 @@ import numpy as np
 from vlm4vla_core.sims.tabletop import scenes, world
 from vlm4vla_core.sims.tabletop.expert import expert
 from vlm4vla_core.sims.tabletop.looks import LOOKS
+from vlm4vla_core.sims.tabletop.rules import Ask, Goal
 from vlm4vla_core.sims.tabletop.sensor import degrade
-from vlm4vla_core.sims.tabletop.tasks import FAMILIES, Ask, Goal, goals, success
+from vlm4vla_core.sims.tabletop.tasks import FAMILIES, goals, success
 
 if TYPE_CHECKING:
     from vlm4vla_core.sims.tabletop.render import Picture

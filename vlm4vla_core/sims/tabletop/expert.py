@@ -15,17 +15,16 @@ from dataclasses import replace
 import numpy as np
 
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.tasks import (
+from vlm4vla_core.sims.tabletop.rules import (
     MOVE_ACROSS,
     ON_PLATE,
     SWITCH_REACH,
     SWITCH_ROOM,
-    TASKS,
     Goal,
     plate_position,
-    success,
     target_position,
 )
+from vlm4vla_core.sims.tabletop.tasks import TASKS, success
 from vlm4vla_core.sims.tabletop.world import CONTACT, SLOTS, State, length
 
 LOW = 0.04  # height of the gripper's point when it grasps or pushes something on the table

@@ -14,31 +14,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
-from vlm4vla_core.sims.tabletop import world
 from vlm4vla_core.sims.tabletop.looks import FLOOR, LOOKS, TABLE, TABLE_THICKNESS, Camera, Look, pattern
-from vlm4vla_core.sims.tabletop.world import HALF_EXTENTS, PLATE_RADIUS, PLATES, State
+from vlm4vla_core.sims.tabletop.primitives import (
+    BACKGROUND,
+    FIELDS,
+    GRIPPER,
+    LAMP,
+    OBJECTS,
+    PLATE_0,
+    SWITCH,
+    TABLETOP,
+    Decal,
+    Solids,
+    decals,
+    solids,
+)
+from vlm4vla_core.sims.tabletop.shapes import HIT
+from vlm4vla_core.sims.tabletop.world import State
 
 if TYPE_CHECKING:
     import torch
 
-    Axes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
+__all__ = [
+    "BACKGROUND", "CAMERAS", "GRIPPER", "LAMP", "OBJECTS", "PLATE_0", "SWITCH", "TABLETOP", "Picture", "cameras",
+    "render", "trace",
+]  # fmt: skip
 CAMERAS = ("front", "wrist")
-# Segmentation labels; plate k is PLATE_0 + k, slot k is OBJECTS + k.
-BACKGROUND, TABLETOP, GRIPPER, SWITCH, LAMP, PLATE_0 = 0, 1, 2, 3, 4, 5
-OBJECTS = PLATE_0 + PLATES
 _PLATE_RIM = 0.82  # fraction of the plate's radius where its darker rim begins
 _AMBIENT, _DIFFUSE = 0.56, 0.50
 _RAYS = 1 << 18  # traced together: small enough for the cache, large enough to amortise the calls
-_FINGER, _PALM, _WRIST = (0.96, 0.50, 0.10), (0.15, 0.15, 0.17), (0.88, 0.89, 0.93)
-_RAIL, _KNOB, _LAMP_OFF, _LAMP_ON = (0.30, 0.30, 0.33), (0.93, 0.93, 0.95), (0.36, 0.34, 0.30), (1.0, 0.93, 0.55)
-_LAMP_Y, _LAMP_RADIUS = 0.33, 0.035
-_GLOW = 1.75  # the lit lamp's own light, as a factor on its paint: bright from every side, and still yellow
 # The wrist camera, in the hand's frame (x sideways, y ahead), m; it looks past the finger tips.
 _WRIST_AT, _WRIST_TO, _WRIST_FOCAL = np.array([0.0, -0.095, 0.068]), np.array([0.0, 0.03, -0.03]), 0.55
 
@@ -134,9 +143,9 @@ def trace(
         depth=torch.stack([item.depth for item in backdrops])[picked].reshape(-1),
         label=torch.stack([item.label for item in backdrops])[picked].reshape(-1),
     )
-    for decal in _decals(state, scene.looks, hand):
+    for decal in decals(state, scene.looks, hand):
         _paint(decal, scene)
-    for solid in _solids(state, scene.looks, hand):
+    for solid in solids(state, scene.looks, hand):
         for part in _of_one_size(solid, scene):
             _cast(part, scene)
     shape = (len(state), size, size)
@@ -240,37 +249,7 @@ def _traced(camera: Camera, look: Look, size: int) -> _Backdrop:
 # --- plate and shadows ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Decal:
-    """Discs on the table: plates (colour, label) or soft shadows (strength). A world may have several."""
-
-    rows: np.ndarray  # (r,) worlds
-    centre: np.ndarray  # (r, 2)
-    radius: np.ndarray  # (r,)
-    colour: np.ndarray | None = None  # (r, 3)
-    strength: np.ndarray | None = None  # (r,) darkness of a shadow's core
-    label: np.ndarray | None = None  # (r,)
-
-
-def _decals(state: State, looks: Sequence[Look], hand: bool) -> Iterator[_Decal]:
-    palette = np.array([look.palette for look in looks])  # (n, colours, 3)
-    rows, plate = np.nonzero(state.plate_colour >= 0)  # plates never overlap
-    colour = palette[rows, state.plate_colour[rows, plate]]
-    yield _Decal(rows, state.plate[rows, plate], np.full(len(rows), PLATE_RADIUS), colour=colour, label=PLATE_0 + plate)
-    light = np.stack([look.towards_light() for look in looks])
-    slope = -light[:, :2] / light[:, 2:]  # shadows move by this per metre of height
-    rows, slot = np.nonzero(state.kind >= 0)
-    point, radius = state.objects[rows, slot], np.full(len(rows), 0.060)
-    if hand:
-        rows = np.concatenate([rows, np.arange(len(state))])
-        point = np.concatenate([point, state.gripper + np.array([0.0, 0.0, 0.05])])
-        radius = np.concatenate([radius, np.full(len(state), 0.065)])
-    height = point[:, 2]
-    centre = point[:, :2] + slope[rows] * height[:, None]
-    yield _Decal(rows, centre, radius * (1 + 0.5 * height), strength=0.55 / (1 + 2.0 * height))
-
-
-def _paint(decal: _Decal, scene: _Scene) -> None:
+def _paint(decal: Decal, scene: _Scene) -> None:
     import torch
 
     size, colour = scene.size, scene.colour
@@ -303,78 +282,14 @@ def _paint(decal: _Decal, scene: _Scene) -> None:
 _CORNERS = np.array([[i, j, k] for i in (-1.0, 1.0) for j in (-1.0, 1.0) for k in (-1.0, 1.0)])  # (8, 3)
 
 
-@dataclass(frozen=True)
-class _Solids:
-    """Solids of one kind and of similar size; a world may have several."""
-
-    kind: int  # index into world.KINDS
-    rows: np.ndarray  # (r,) worlds
-    centre: np.ndarray  # (r, 3)
-    half: np.ndarray  # (r, 3)
-    yaw: np.ndarray  # (r,)
-    colour: np.ndarray  # (r, 3)
-    label: np.ndarray  # (r,)
-
-
-_FIELDS = ("rows", "centre", "half", "yaw", "colour", "label")
-
-
-def _join(kind: int, parts: Sequence[_Solids]) -> _Solids:
-    return _Solids(kind, *(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
-
-
-def _solids(state: State, looks: Sequence[Look], hand: bool) -> Iterator[_Solids]:
-    """Everything that stands or moves: objects with switch and lamp, then fingers, palm and wrist."""
-    n, palette = len(state), np.array([look.palette for look in looks])  # (looks, colours, 3)
-    rows = np.arange(n)
-
-    def each(kind: int, centre: np.ndarray, half: Any, yaw: np.ndarray, paint: Any, label: int) -> _Solids:
-        shape = (n, 3)
-        filled = np.broadcast_to(half, shape), yaw, np.broadcast_to(paint, shape), np.full(n, label)
-        return _Solids(kind, rows, centre, *filled)
-
-    def at(x: np.ndarray, y: float, z: float) -> np.ndarray:
-        return np.stack([x, np.full(n, y), np.full(n, z)], 1)
-
-    still, half_knob = np.zeros(n), world.KNOB_HEIGHT / 2
-    lit = np.where(world.switched_on(state)[:, None], np.array(_LAMP_ON) * _GLOW, _LAMP_OFF)
-    knob = (0.8 * world.KNOB_RADIUS, 0.8 * world.KNOB_RADIUS, half_knob)
-    fixture = {
-        1: each(1, at(state.rail, _LAMP_Y, _LAMP_RADIUS), _LAMP_RADIUS, still, lit, LAMP),
-        2: each(2, at(state.knob, world.SWITCH_Y, half_knob), knob, still, _KNOB, SWITCH),
-    }
-    for kind, extent in enumerate(HALF_EXTENTS):
-        mine, slot = np.nonzero(state.kind == kind)
-        half = np.broadcast_to(extent, (len(mine), 3))
-        colour, yaw = palette[mine, state.colour[mine, slot]], state.object_yaw[mine, slot]
-        found = _Solids(kind, mine, state.objects[mine, slot], half, yaw, colour, OBJECTS + slot)
-        if kind in fixture:
-            found = _join(kind, [found, fixture[kind]])
-        if len(found.rows):
-            yield found
-    reach = world.KNOB_TRAVEL + world.KNOB_RADIUS
-    yield each(0, at(state.rail, world.SWITCH_Y, 0.006), (reach, 0.012, 0.006), still, _RAIL, SWITCH)
-    if not hand:
-        return
-    sideways = np.stack([np.cos(state.yaw), np.sin(state.yaw), np.zeros(n)], 1)
-    spread = np.where(state.open, 0.066, np.where(state.held >= 0, 0.053, 0.010))[:, None]
-    up, finger = np.array([0.0, 0.0, 1.0]), (0.010, 0.016, 0.042)
-    fingers = [
-        each(0, state.gripper + 0.030 * up + side * spread * sideways, finger, state.yaw, _FINGER, GRIPPER)
-        for side in (-1.0, 1.0)
-    ]
-    yield _join(0, [*fingers, each(0, state.gripper + 0.126 * up, (0.032, 0.032, 0.028), state.yaw, _WRIST, GRIPPER)])
-    yield each(0, state.gripper + 0.085 * up, (0.084, 0.026, 0.013), state.yaw, _PALM, GRIPPER)
-
-
-def _corners(solid: _Solids) -> np.ndarray:
+def _corners(solid: Solids) -> np.ndarray:
     """(r, 8, 3) corners of the bounding boxes."""
     cos, sin = np.cos(solid.yaw)[:, None], np.sin(solid.yaw)[:, None]
     x, y, z = np.moveaxis(_CORNERS * solid.half[:, None], -1, 0)
     return solid.centre[:, None] + np.stack([x * cos - y * sin, x * sin + y * cos, z], -1)
 
 
-def _of_one_size(solid: _Solids, scene: _Scene) -> Iterator[_Solids]:
+def _of_one_size(solid: Solids, scene: _Scene) -> Iterator[Solids]:
     """Solids whose windows differ much apart from each other: what is close to the camera must not make all wide."""
     first, last = _bounds(_corners(solid), solid.rows, scene)
     area = np.prod(last - first + 1, axis=1)
@@ -383,11 +298,11 @@ def _of_one_size(solid: _Solids, scene: _Scene) -> Iterator[_Solids]:
         if mine.all():
             yield solid
         elif mine.any():
-            rest = (getattr(solid, name)[mine] for name in _FIELDS)
-            yield _Solids(solid.kind, *rest)
+            rest = (getattr(solid, name)[mine] for name in FIELDS)
+            yield Solids(solid.kind, *rest)
 
 
-def _cast(solid: _Solids, scene: _Scene) -> None:
+def _cast(solid: Solids, scene: _Scene) -> None:
     """Trace each solid within its window and write the pixels where it is the nearest so far."""
     import torch
 
@@ -404,7 +319,7 @@ def _cast(solid: _Solids, scene: _Scene) -> None:
     if solid.kind != 1:  # into the solid's own frame
         ox, oy = ox * cos + oy * sin, oy * cos - ox * sin
         dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
-    t, hit = _HIT[solid.kind]((ox, oy, oz), (dx, dy, dz), (hx, hy, hz))
+    t, hit = HIT[solid.kind]((ox, oy, oz), (dx, dy, dz), (hx, hy, hz))
     hit &= (t > 0) & (t < depth[where])
     item, t, where = item[hit], t[hit], where[hit]
     if not len(item):
@@ -462,50 +377,3 @@ def _windows(corners: np.ndarray, rows: np.ndarray, scene: _Scene) -> tuple[torc
     pixel = (v[:, :, None] * size + u[:, None, :]).reshape(len(rows), -1)
     item = np.broadcast_to(np.arange(len(rows))[:, None], pixel.shape)
     return torch.from_numpy(item.copy()), torch.from_numpy(pixel)
-
-
-# Where rays with origins o and directions d (r, w) enter a solid around the origin: (t, whether they do).
-
-
-def _ball(o: Axes, d: Axes, half: Axes) -> tuple[torch.Tensor, torch.Tensor]:
-    # From the foot of the perpendicular: far more exact in float32 than the textbook quadratic.
-    (ox, oy, oz), (dx, dy, dz), r = o, d, half[0]
-    dd = dx * dx + dy * dy + dz * dz
-    foot = -(ox * dx + oy * dy + oz * dz) / dd
-    x, y, z = ox + foot * dx, oy + foot * dy, oz + foot * dz
-    inside = (r * r - (x * x + y * y + z * z)) / dd
-    return foot - inside.clamp(min=0.0).sqrt(), inside > 0
-
-
-def _box(o: Axes, d: Axes, half: Axes) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    enters, leaves = [], []
-    for origin, step, h in zip(o, d, half, strict=True):
-        step = torch.where(step.abs() < 1e-9, 1e-9, step)
-        a, b = (-h - origin) / step, (h - origin) / step
-        enters.append(torch.minimum(a, b))
-        leaves.append(torch.maximum(a, b))
-    near = torch.maximum(torch.maximum(enters[0], enters[1]), enters[2])
-    far = torch.minimum(torch.minimum(leaves[0], leaves[1]), leaves[2])
-    return near, near < far
-
-
-def _cylinder(o: Axes, d: Axes, half: Axes) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    (ox, oy, oz), (dx, dy, dz), (r, _, h) = o, d, half
-    dd = (dx * dx + dy * dy).clamp(min=1e-12)
-    foot = -(ox * dx + oy * dy) / dd
-    x, y = ox + foot * dx, oy + foot * dy
-    inside = (r * r - (x * x + y * y)) / dd
-    side = foot - inside.clamp(min=0.0).sqrt()
-    on_side = (inside > 0) & ((oz + side * dz).abs() <= h)
-    steep = torch.where(dz.abs() < 1e-9, -1e-9, dz)
-    cap = (-steep.sign() * h - oz) / steep
-    x, y = ox + cap * dx, oy + cap * dy
-    on_cap = x * x + y * y <= r * r
-    return torch.where(on_cap, cap, side), on_side | on_cap
-
-
-_HIT = (_box, _ball, _cylinder)  # as world.KINDS

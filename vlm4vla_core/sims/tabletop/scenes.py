@@ -16,12 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm4vla_core.sims.tabletop import world
+from vlm4vla_core.sims.tabletop.rules import ON_PLATE, SWITCH_REACH, SWITCH_ROOM, Ask
 from vlm4vla_core.sims.tabletop.tasks import (
     FAMILIES,
-    ON_PLATE,
-    SWITCH_REACH,
-    SWITCH_ROOM,
-    Ask,
     all_asks,
     check_task,
     fits,

@@ -1,8 +1,8 @@
 """Task families of the tabletop world: what can be asked, in which words, and when it is done.
 
-A family is one `Family` entry: templates and held-out paraphrases, a step limit, when it fits a scene, and a vectorised
-success test. An `Ask` is one request in one scene ("push object 2 left"); `goals` turns asks into the arrays that
-success test and expert read.
+A family is one `Family` entry: templates and held-out paraphrases, a step limit, when it fits a scene (`fitting`) and
+a vectorised success test (`rules`). An `Ask` is one request in one scene ("push object 2 left"); `goals` turns asks
+into the arrays that success test and expert read.
 
 Trap: directions are the camera's: left and right as the viewer sees them, forward is away from the viewer.
 """
@@ -10,23 +10,44 @@ Trap: directions are the camera's: left and right as the viewer sees them, forwa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.sims.tabletop import world
-from vlm4vla_core.sims.tabletop.world import COLOURS, KINDS, PLATES, SLOTS, State
+from vlm4vla_core.sims.tabletop.fitting import (
+    distances,
+    fits_move,
+    fits_pick,
+    fits_push,
+    fits_put,
+    fits_stack,
+    fits_switch,
+    fits_touch,
+)
+from vlm4vla_core.sims.tabletop.rules import (
+    DIRECTIONS,
+    MOVE_ACROSS,
+    MOVE_ALONG,
+    ON_PLATE,
+    PICK_HEIGHT,
+    PUSH_ACROSS,
+    PUSH_ALONG,
+    SWITCHED,
+    TOUCH_DISTANCE,
+    Ask,
+    Goal,
+    moved,
+    picked,
+    placed,
+    pushed,
+    stacked,
+    switched,
+    touched,
+)
+from vlm4vla_core.sims.tabletop.world import COLOURS, KINDS, SLOTS, State
 
-DIRECTIONS: dict[str, tuple[float, float, float]] = {
-    "left": (-1.0, 0.0, 0.0),
-    "right": (1.0, 0.0, 0.0),
-    "forward": (0.0, 1.0, 0.0),
-    "back": (0.0, -1.0, 0.0),
-    "up": (0.0, 0.0, 1.0),
-    "on": (1.0, 0.0, 0.0),  # of the switch's knob
-    "off": (-1.0, 0.0, 0.0),
-}
 # Words in the templates, and others that no demonstration uses.
 PHRASES: dict[str, tuple[str, ...]] = {
     "left": ("to the left", "left"),
@@ -44,46 +65,7 @@ HELD_OUT_PHRASES: dict[str, tuple[str, ...]] = PHRASES | {
     "back": ("to the near side",),
     "up": ("higher",),
 }
-MOVE_ALONG, MOVE_ACROSS = 0.12, 0.08  # m, from where the gripper started
-PUSH_ALONG, PUSH_ACROSS = 0.10, 0.07  # m, from where the object started
-TOUCH_DISTANCE = 0.06  # m, from the gripper's point to the object's centre
-PICK_HEIGHT = 0.10  # m, of the held object above the table, measured from where it would rest
-ON_PLATE = 0.065  # m, from the object's centre to the plate's
-SWITCHED = 0.03  # m, of the knob from its rail's middle
-SWITCH_REACH = world.KNOB_TRAVEL + 0.08  # m to either side of its rail's middle: where a hand goes to shove the knob
-SWITCH_ROOM = world.CONTACT + 0.015  # m from there to the centre of an object that is not in the way
 _DROP_ROOM = 2 * world.FOOTPRINT + 0.005  # m
-ROOM = 0.17  # m that a commanded motion has at least before the edge of the workspace
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request. slot: the object, -1 for none. other: plate number or slot of the base, -1 for none."""
-
-    family: str
-    slot: int = -1
-    other: int = -1
-    direction: str = ""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What n worlds are asked to do; rows match those of a `State`. A family of -1 asks for nothing and is done."""
-
-    family: np.ndarray  # (n,) index into FAMILIES
-    slot: np.ndarray  # (n,)
-    other: np.ndarray  # (n,)
-    direction: np.ndarray  # (n, 3) unit vector, 0 where the task has none
-    gripper_start: np.ndarray  # (n, 3)
-    objects_start: np.ndarray  # (n, SLOTS, 3)
-
-    def __getitem__(self, rows: np.ndarray | slice | Sequence[int]) -> Goal:
-        return Goal(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def stack_goals(batches: Sequence[Goal]) -> Goal:
-    """Batches side by side, as one batch."""
-    return Goal(*(np.concatenate([getattr(goal, field.name) for goal in batches]) for field in fields(Goal)))
 
 
 def goals(state: State, asks: Sequence[Ask | None]) -> Goal:
@@ -169,80 +151,7 @@ def all_asks(family: str, count: int, plates: int) -> Iterator[Ask]:
                 yield Ask(family, slot, other, direction)
 
 
-# --- success --------------------------------------------------------------------------------------------------
-
-
-def along_across(moved: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parts of `moved` (n, 3) along and across `direction` (n, 3): two (n,) lengths, the first signed."""
-    product = moved * direction
-    along = product[:, 0] + product[:, 1] + product[:, 2]
-    return along, world.length(moved - along[:, None] * direction)
-
-
-def target_position(objects: np.ndarray, goal: Goal) -> np.ndarray:
-    """(n, 3) of the target object, from (n, SLOTS, 3); slot 0 stands in where there is no target."""
-    return objects[np.arange(len(objects)), np.maximum(goal.slot, 0)]
-
-
-def plate_position(state: State, goal: Goal) -> np.ndarray:
-    """(n, 2) of the plate asked for; plate 0 stands in where there is none."""
-    return state.plate[np.arange(len(state)), np.clip(goal.other, 0, PLATES - 1)]
-
-
-def _moved(state: State, goal: Goal) -> np.ndarray:
-    along, across = along_across(state.gripper - goal.gripper_start, goal.direction)
-    return (along > MOVE_ALONG) & (across < MOVE_ACROSS)
-
-
-def _touched(state: State, goal: Goal) -> np.ndarray:
-    return world.length(state.gripper - target_position(state.objects, goal)) < TOUCH_DISTANCE
-
-
-def _pushed(state: State, goal: Goal) -> np.ndarray:
-    shift = target_position(state.objects, goal) - target_position(goal.objects_start, goal)
-    along, across = along_across(shift, goal.direction)
-    return (along > PUSH_ALONG) & (across < PUSH_ACROSS) & (state.held != goal.slot)
-
-
-def _picked(state: State, goal: Goal) -> np.ndarray:
-    kind = state.kind[np.arange(len(state)), np.maximum(goal.slot, 0)]
-    height = target_position(state.objects, goal)[:, 2] - world.rest_height(kind)
-    return (state.held == goal.slot) & (height > PICK_HEIGHT)
-
-
-def _placed(state: State, goal: Goal) -> np.ndarray:
-    target = target_position(state.objects, goal)
-    rows, slot = np.arange(len(state)), np.maximum(goal.slot, 0)
-    lies = (state.held != goal.slot) & (state.on[rows, slot] < 0)
-    return lies & (world.length(target[:, :2] - plate_position(state, goal)) < ON_PLATE)
-
-
-def _stacked(state: State, goal: Goal) -> np.ndarray:
-    on = state.on[np.arange(len(state)), np.maximum(goal.slot, 0)]
-    return (on == goal.other) & (state.held != goal.slot)
-
-
-def _switched(state: State, goal: Goal) -> np.ndarray:
-    return (state.knob - state.rail) * goal.direction[:, 0] > SWITCHED
-
-
 # --- does an ask fit a scene? ---------------------------------------------------------------------------------
-
-
-def inside(point: np.ndarray) -> bool:
-    """Whether a gripper's point (3,) lies in the workspace."""
-    return bool((point >= world.WORKSPACE_LOW).all() and (point <= world.WORKSPACE_HIGH).all())
-
-
-def _distances(state: State, point: np.ndarray, but: int = -1) -> np.ndarray:
-    """(SLOTS,) horizontal distances of the present objects from a point; infinite for absent ones and `but`."""
-    apart = world.length(state.objects[0, :, :2] - point[:2])
-    return np.where((state.kind[0] >= 0) & (np.arange(SLOTS) != but), apart, np.inf)
-
-
-def _free(state: State, slot: int) -> bool:
-    """Nothing stands on the object."""
-    return bool((state.on[0] != slot).all())
 
 
 def fits(state: State, ask: Ask) -> bool:
@@ -251,69 +160,9 @@ def fits(state: State, ask: Ask) -> bool:
     A hand that holds something else will let it go first: there must be nothing where it falls.
     """
     held = int(state.held[0])
-    if held >= 0 and held != ask.slot and _distances(state, state.objects[0, held], but=held).min() < _DROP_ROOM:
+    if held >= 0 and held != ask.slot and distances(state, state.objects[0, held], but=held).min() < _DROP_ROOM:
         return False
     return FAMILIES[ask.family].fits(state, ask)
-
-
-def _fits_move(state: State, ask: Ask) -> bool:
-    return inside(state.gripper[0] + ROOM * np.array(DIRECTIONS[ask.direction]))
-
-
-def _fits_touch(state: State, ask: Ask) -> bool:
-    far = world.length(state.gripper[0] - state.objects[0, ask.slot]) > 2 * TOUCH_DISTANCE
-    return bool(far and state.held[0] != ask.slot)
-
-
-def _fits_push(state: State, ask: Ask) -> bool:
-    """On the table with nothing on top; the hand fits behind it, the way ahead is inside and nothing is in it."""
-    target, direction = state.objects[0, ask.slot], np.array(DIRECTIONS[ask.direction])
-    if state.on[0, ask.slot] >= 0 or state.held[0] == ask.slot or not _free(state, ask.slot):
-        return False
-    if not (inside(target - (world.CONTACT + 0.04) * direction) and inside(target + ROOM * direction)):
-        return False
-    knob = np.array([state.rail[0], world.SWITCH_Y, 0.0])
-    others = [state.objects[0, k] for k in range(SLOTS) if k != ask.slot and state.kind[0, k] >= 0]
-    for other, room in [*((other, 0.11) for other in others), (knob, 0.11 + world.KNOB_TRAVEL)]:
-        along, across = along_across((other - target)[None], direction[None])
-        if -0.20 < along[0] < 0.26 and across[0] < room:
-            return False
-    return _fits_touch(state, ask)
-
-
-def _fits_pick(state: State, ask: Ask) -> bool:
-    return bool(state.held[0] != ask.slot) and _free(state, ask.slot) and _roomy(state, ask.slot)
-
-
-def _fits_put(state: State, ask: Ask) -> bool:
-    plate = state.plate[0, ask.other]
-    if state.plate_colour[0, ask.other] < 0 or not _free(state, ask.slot) or not _roomy(state, ask.slot):
-        return False
-    taken = _distances(state, plate, but=ask.slot).min() < world.PLATE_RADIUS + world.FOOTPRINT + 0.01
-    there = world.length(state.objects[0, ask.slot, :2] - plate) < 2 * ON_PLATE
-    return not taken and not bool(there)
-
-
-def _fits_stack(state: State, ask: Ask) -> bool:
-    base = ask.other
-    flat = bool(world.FLAT_TOP[state.kind[0, base]]) and state.on[0, base] < 0 and state.held[0] != base
-    return flat and _free(state, ask.slot) and _free(state, base) and _roomy(state, ask.slot)
-
-
-def _roomy(state: State, slot: int) -> bool:
-    """The open hand can go round the object without its grasp being nearer to another one."""
-    return bool(_distances(state, state.objects[0, slot], but=slot).min() > 0.09 or state.on[0, slot] >= 0)
-
-
-def _fits_switch(state: State, ask: Ask) -> bool:
-    """Not set already, and nothing stands where the hand goes."""
-    wanted = DIRECTIONS[ask.direction][0]
-    if (state.knob[0] - state.rail[0]) * wanted > 0:
-        return False
-    beside = np.clip(state.objects[0, :, 0], state.rail[0] - SWITCH_REACH, state.rail[0] + SWITCH_REACH)
-    nearest = np.stack([beside, np.full(SLOTS, world.SWITCH_Y)], 1)  # (SLOTS, 2) of the hand's way, to each object
-    apart = world.length(state.objects[0, :, :2] - nearest)
-    return bool((apart > SWITCH_ROOM)[state.kind[0] >= 0].all())
 
 
 FAMILIES: dict[str, Family] = {
@@ -324,8 +173,8 @@ FAMILIES: dict[str, Family] = {
         f"gripper displaced more than {MOVE_ALONG} m along and less than {MOVE_ACROSS} m across, from the start",
         "nothing",
         ("left", "right", "forward", "back", "up"),
-        _fits_move,
-        _moved,
+        fits_move,
+        moved,
     ),
     "touch": Family(
         ("touch the {o}", "reach for the {o}", "move the gripper to the {o}"),
@@ -334,8 +183,8 @@ FAMILIES: dict[str, Family] = {
         f"gripper's point less than {TOUCH_DISTANCE} m from the object's centre",
         "object",
         (),
-        _fits_touch,
-        _touched,
+        fits_touch,
+        touched,
     ),
     "push": Family(
         ("push the {o} {d}", "slide the {o} {d}", "shove the {o} {d}"),
@@ -345,8 +194,8 @@ FAMILIES: dict[str, Family] = {
         "and not held",
         "object",
         ("left", "right", "forward", "back"),
-        _fits_push,
-        _pushed,
+        fits_push,
+        pushed,
     ),
     "pick": Family(
         ("pick up the {o}", "lift the {o}", "grasp the {o} and raise it"),
@@ -355,8 +204,8 @@ FAMILIES: dict[str, Family] = {
         f"object held more than {PICK_HEIGHT} m above where it rests on the table",
         "object",
         (),
-        _fits_pick,
-        _picked,
+        fits_pick,
+        picked,
     ),
     "put": Family(
         ("put the {o} on the {p}", "place the {o} on the {p}", "move the {o} to the {p}"),
@@ -365,8 +214,8 @@ FAMILIES: dict[str, Family] = {
         f"object let go on the table less than {ON_PLATE} m from the plate's centre",
         "plate",
         (),
-        _fits_put,
-        _placed,
+        fits_put,
+        placed,
     ),
     "stack": Family(
         ("stack the {o} on the {p}", "put the {o} on top of the {p}", "place the {o} on top of the {p}"),
@@ -375,8 +224,8 @@ FAMILIES: dict[str, Family] = {
         "object let go and standing on the other one",
         "base",
         (),
-        _fits_stack,
-        _stacked,
+        fits_stack,
+        stacked,
     ),
     "switch": Family(
         ("turn {d} the light", "switch the light {d}", "turn the light {d}"),
@@ -385,8 +234,8 @@ FAMILIES: dict[str, Family] = {
         f"knob more than {SWITCHED} m from its rail's middle on the side asked for (right is on)",
         "nothing",
         ("on", "off"),
-        _fits_switch,
-        _switched,
+        fits_switch,
+        switched,
     ),
 }
 TASKS = tuple(FAMILIES)
