@@ -43,7 +43,8 @@ def dense_view(store: EpisodeStore, name: str, camera: str, rows: np.ndarray, si
     """
     if name not in NAMES:
         raise InputError(f"no dense target '{name}'", fix=nearest(name, NAMES))
-    values, classes = np.empty((len(rows), side**2)), tuple[str, ...]()
+    values: np.ndarray = np.empty((len(rows), side**2))
+    classes: tuple[str, ...] = ()
     pixels = np.empty((len(rows), side**2, PIXELS**2 * 3 + 5), np.float32)
     place = (np.arange(side) + 0.5) / side - 0.5
     row, column = (grid.ravel() for grid in np.meshgrid(place, place, indexing="ij"))

@@ -57,6 +57,7 @@ class Features:
         self.fingerprint: str = manifest["fingerprint"]
         self.label: str = manifest["label"] or path.name
         self._checked: set[str] = set()  # shards whose content was compared with the manifest
+        self._mapped: dict[str, list[np.ndarray]] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> Features:
@@ -95,16 +96,34 @@ class Features:
             fix = f"they hold {', '.join(self.layers)}"
             raise InputError(f"layer '{name}' is not in these features", where=self.path, fix=fix)
         for shard in sorted(self.path.glob("features-*.safetensors")):
-            if shard.name not in self._checked:
-                wanted = self.manifest["files"].get(shard.name, {}).get("sha256")
-                if folders.file_fingerprint(shard) != wanted:
-                    raise InputError("these features have changed since they were made", where=shard, fix=_REMAKE)
-                self._checked.add(shard.name)
+            self._check(shard)
             try:
                 with safe_open(shard, "np") as file:
                     yield file.get_tensor(found[0])
             except SafetensorError as error:
                 raise InputError(f"damaged features ({error})", where=shard, fix=_REMAKE) from None
+
+    def _check(self, shard: Path) -> None:
+        """Compare a shard's content with the manifest, once. Raises InputError when it has changed."""
+        if shard.name not in self._checked:
+            if folders.file_fingerprint(shard) != self.manifest["files"].get(shard.name, {}).get("sha256"):
+                raise InputError("these features have changed since they were made", where=shard, fix=_REMAKE)
+            self._checked.add(shard.name)
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Some rows of a layer, by their places, read from the mapped files alone: (len(places), …) float32."""
+        if name not in self._mapped:
+            for shard in self.path.glob("features-*.safetensors"):
+                self._check(shard)
+            self._mapped[name] = [_map(shard, name) for shard in sorted(self.path.glob("features-*.safetensors"))]
+        shards = self._mapped[name]
+        bounds = np.cumsum([0, *(len(shard) for shard in shards)])
+        which = np.searchsorted(bounds, places, side="right") - 1
+        out = np.empty((len(places), *shards[0].shape[1:]), np.float32)
+        for number in np.unique(which):
+            mine = which == number
+            out[mine] = shards[number][np.asarray(places)[mine] - bounds[number]]
+        return out
 
     def same_images(self, other: Features) -> None:
         """Raise InputError unless both hold the same images in the same order, pooled alike."""
@@ -126,6 +145,17 @@ class Features:
                 where=f"{self.path}, {other.path}",
                 fix="extract both with the same --max-frames and --seed",
             )
+
+
+def _map(shard: Path, name: str) -> np.ndarray:
+    """One tensor of a safetensors file (8 bytes of header length, JSON, data), mapped and not read."""
+    import json
+
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        told = json.loads(file.read(length))[name]
+    start = 8 + length + told["data_offsets"][0]
+    return np.memmap(shard, np.float32, "r", offset=start, shape=tuple(told["shape"]))
 
 
 def choose_rows(count: int, max_frames: int | None, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ the test episodes, the marked layers were chosen on others; the highest point of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,11 +40,11 @@ def layers_figure(rows: pd.DataFrame) -> Figure:
         axis.set_title(target)
     for axis in axes.flat[len(targets) :]:
         axis.set_axis_off()
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for axis in axes.flat[: len(targets)]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if across > 1 else 3)
+    fig.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4 if across > 1 else 3)
     return fig
 
 

@@ -86,7 +86,8 @@ class _Sums(NamedTuple):
     n: int
 
     def plus(self, other: _Sums) -> _Sums:
-        return _Sums(*(a + b for a, b in zip(self, other, strict=True)))
+        sums = (getattr(self, name) + getattr(other, name) for name in self._fields)
+        return _Sums(*sums)
 
 
 def _sums(x: np.ndarray, y: np.ndarray, rows: np.ndarray, mean: np.ndarray, sd: np.ndarray, dtype: type) -> _Sums:

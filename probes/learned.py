@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-GRID = tuple((rate, decay) for rate in (3e-3, 1e-3) for decay in (1e-2, 1.0))  # learning rate, decoupled weight decay
-HIDDEN, EPOCHS, BATCH = 128, 40, 256
+GRID = tuple((rate, decay) for rate in (1e-2, 2e-3) for decay in (1e-2, 0.3))  # learning rate, decoupled weight decay
+HIDDEN, EPOCHS, LEAST, BATCH = 128, 40, 400, 256  # width; epochs, but at least so many steps; frames of a step
 
 
 def train(kind: str, x: np.ndarray, labels: np.ndarray, parts: Parts, *, classes: int = 0, seed: int = 0) -> Fitted:
     """Trained readouts of labels (n, C, k), or class numbers (n, C), from x (n, d), or tokens (n, N, d) if attentive.
 
-    Fitted on the fit frames by AdamW with a cosine schedule over 40 epochs. scores (G, C) for the members of GRID.
+    Fitted on the fit frames by AdamW with a cosine schedule over 40 epochs, or 400 steps. scores (G, C) for the members
+    of GRID.
     """
     import torch
 
@@ -47,8 +48,9 @@ def train(kind: str, x: np.ndarray, labels: np.ndarray, parts: Parts, *, classes
 
     fit = torch.from_numpy(parts.fit)
     size = min(BATCH, len(fit))
-    steps, moments = EPOCHS * (len(fit) // size), [(torch.zeros_like(p), torch.zeros_like(p)) for p in heads]
-    order = torch.cat([fit[torch.randperm(len(fit), generator=generator)] for _ in range(EPOCHS + 1)])
+    steps = max(LEAST, EPOCHS * (len(fit) // size))
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in heads]
+    order = torch.cat([fit[torch.randperm(len(fit), generator=generator)] for _ in range(-(-steps * size // len(fit)))])
     for step in range(steps):
         batch = order[step * size : (step + 1) * size]
         for parameter in heads:

@@ -180,7 +180,7 @@ TARGETS: dict[str, Callable[[EpisodeStore], Target]] = {
     "task_progress": _progress,
     "depth": lambda store: _depth(store, store.cameras[0], np.arange(len(store))),
     "grasp": lambda store: _flag(store, "grasp", "truth/held", lambda v: v[:, 0] >= 0, "empty hand", "holding"),
-    "contact": lambda store: _flag(store, "contact", "truth/contact", lambda v: (v > 0).any(1), "free", "touching"),
+    "contact": lambda store: _flag(store, "contact", "truth/contact", lambda v: v.max(1) > 0, "free", "touching"),
     "lamp": lambda store: _flag(store, "lamp", "truth/switch", lambda v: v[:, 1] > 0, "off", "on"),
     "task": lambda store: _labels(store, "task", _facts(store, "task", "task")[0]),
     "instruction": lambda store: _labels(store, "instruction", list(store.instructions), FEW),

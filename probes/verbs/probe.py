@@ -137,39 +137,16 @@ def _names(args: Args) -> tuple[list[str], list[str]]:
 
 def _features(args: Args, pool: str) -> list[Features]:
     """Features of all sources, made where they are checkpoints; the untrained network's last."""
-    opened = [_open(args, path, pool) for path in (args.source, *args.against)]
-    if args.untrained and not _is_features(args.source):
-        opened.append(_open(args, args.source, pool, scratch=True))
+    from probes.verbs.sources import is_features, open_source
+
+    options: dict[str, Any] = {
+        "data": args.data, "out": args.out, "layers": args.layers, "pool": pool, "camera": args.camera,
+        "max_frames": args.max_frames, "seed": args.seed, "device": args.device,
+    }  # fmt: skip
+    opened = [open_source(path, **options) for path in (args.source, *args.against)]
+    if args.untrained and not is_features(args.source):
+        opened.append(open_source(args.source, scratch=True, **options))
     return opened
-
-
-def _is_features(path: Path) -> bool:
-    manifest = path / folders.MANIFEST
-    found = folders.read_json(manifest) if manifest.is_file() else {}
-    return isinstance(found, dict) and found.get("format") == "vlm4vla-features"
-
-
-def _open(args: Args, path: Path, pool: str, *, scratch: bool = False) -> Features:
-    from probes.features import Features
-    from probes.verbs import features as verb
-    from vlm4vla_core import checkpoint
-
-    if _is_features(path):
-        return Features.open(path)
-    a_model = (path / checkpoint.CONFIG).is_file() or (path / "checkpoints").is_dir() or not path.exists()
-    if not a_model:
-        return Features.open(path)  # says what is wrong with it
-    if args.out is None:
-        what = "features of a checkpoint need a place" if path.exists() else "no such folder"
-        raise InputError(what, where=path, fix="give --out FOLDER, or a folder made by `vlm4vla features`")
-    name = "untrained" if scratch else folders.fingerprint(str(path.resolve() if path.exists() else path))[:8]
-    out = args.out / "features" / f"{'' if scratch else path.name + '-'}{name}-{pool}"
-    wanted: Any = verb.Args(
-        path, args.data, out, layers=args.layers, pool=pool, camera=args.camera,  # type: ignore[arg-type]
-        max_frames=args.max_frames, seed=args.seed, scratch=scratch, device=args.device,
-    )  # fmt: skip
-    verb.make(wanted)
-    return Features.open(out)
 
 
 def _print(result: Probe) -> None:
