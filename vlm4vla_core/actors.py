@@ -2,7 +2,7 @@
 
 A policy's actions are converted to the benchmark's convention exactly, or it is refused before the first step. The
 shortcut checks blind a policy: `image` shows it the mean picture of its training data at every step, `language` asks it
-without words.
+a full stop instead of the instruction.
 
 Trap: `execute` (actions of a predicted chunk that are carried out before the policy looks again) changes success rates,
 so it is part of the result and never chosen on the test episodes here.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BASELINES = ("random", "zero", "mean-action", "scripted")
 BLIND = ("none", "image", "language")
+SILENCE = "."  # what a policy is asked that gets no words; an empty text is no instruction
 _PICTURES = 200  # frames that a mean picture is made of
 
 
@@ -106,7 +107,7 @@ class PolicyActor:
     """A trained policy: sees the camera picture and the instruction.
 
     convert: its actions into the benchmark's. blank: the picture (H, W, 3) it is shown instead of the camera's.
-    silent: it is asked without words.
+    silent: it is asked `SILENCE`.
     """
 
     policy: Any  # VLAPolicy; typed loosely so that importing this module needs no torch
@@ -123,7 +124,7 @@ class PolicyActor:
     def plan(self, pictures: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
         """Chunks (B, chunk, A) for B pictures (H, W, 3) and B instructions, predicted `batch_size` at a time."""
         shown = np.stack(pictures if self.blank is None else [self.blank] * len(pictures))
-        words = [""] * len(instructions) if self.silent else list(instructions)
+        words = [SILENCE] * len(instructions) if self.silent else list(instructions)
         chunks = np.concatenate([
             self.policy.predict(shown[i : i + self.batch_size], words[i : i + self.batch_size]).actions
             for i in range(0, len(words), self.batch_size)
