@@ -121,8 +121,8 @@ _PHRASES = (
 def _text(size: NanoSize, ids: dict[str, int], pad: str, end: str, **changes: Any) -> dict[str, Any]:
     from vlm4vla_core.families.spec import tiny_text
 
-    # The published rotary base of 1e6 hardly turns over so few positions.
-    rope = {"rope_type": "default", "rope_theta": 10.0}
+    # With a small base every pair of a head turns fast, and a word cannot find its object wherever that stands.
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
     own = {
         "hidden_size": size.width, "intermediate_size": 3 * size.width, "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads, "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
