@@ -189,6 +189,13 @@ def test_the_expert_stacks(world):
     assert outcome["steps"] == 60 and outcome["chain"] is None
 
 
+def test_a_demonstration_ends_when_the_hand_has_left(world):
+    world.reset(STACK, 3, practice=True)
+    while world.running:
+        world.step(world.expert())
+    assert world.outcome()["success"] and 25 <= world.outcome()["steps"] < 55
+
+
 def test_success_may_be_lost_again(world):
     """Any-step and last-step success are two things: the block is stacked, then pushed off by random motion."""
     world.reset(STACK, 0)

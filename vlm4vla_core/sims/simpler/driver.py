@@ -136,17 +136,19 @@ def prepare(out: Path) -> Driver:
         work = Path(scratch)
         apt = _Apt(work, source)
         apt("apt-get", "update")
-        unpacked, wanted, had = work / "unpacked", [f"{_PACKAGE}/{suite}"], {_PACKAGE, "libvulkan1"}
-        while (
-            wanted
-        ):  # the driver, then the libraries that it needs and the system lacks (a loader SAPIEN has), and theirs
-            apt("apt-get", "download", *wanted)
+        try:
+            apt("apt-get", "download", f"{_PACKAGE}/{suite}")
+        except InputError:  # a new release may have it without backports
+            apt("apt-get", "download", _PACKAGE)
+        unpacked, had = work / "unpacked", {_PACKAGE, "libvulkan1"}  # SAPIEN brings the loader
+        while archives := list((work / "archives").glob("*.deb")):  # then what it needs and the system lacks
             needs: set[str] = set()
-            for archive in (work / "archives").glob("*.deb"):
+            for archive in archives:
                 _run("dpkg-deb", "-x", str(archive), str(unpacked))
                 needs |= depends(_run("dpkg-deb", "-f", str(archive), "Pre-Depends", "Depends"))
                 archive.unlink()
-            wanted = sorted(name for name in needs - had if not _installed(name))
+            if wanted := sorted(name for name in needs - had if not _installed(name)):
+                apt("apt-get", "download", *wanted)
             had |= needs
         keep = work / "keep"
         keep.mkdir()
