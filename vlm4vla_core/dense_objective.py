@@ -270,8 +270,8 @@ class DenseTargets:
         which = kinds[self.store.episode_of[rows]][picture, slot]
         colour = which % len(COLOURS) + len(COLOURS) * (which >= len(self.classes) - len(COLOURS))  # plates come last
         values[picture, cell[rows][picture, slot], colour] = offset[rows][picture, slot]
-        values = values.reshape(len(rows), self.cells, -1)
-        return values, ~np.isnan(values).all(-1)
+        known = ~np.isnan(values[..., 0]).all(-1)  # (B, n)
+        return values.reshape(len(rows), self.cells, -1), np.asarray(known)
 
     def _position(self, rows: np.ndarray) -> Found:
         cell, _, xy, _ = self._objects

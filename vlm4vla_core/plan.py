@@ -5,6 +5,7 @@ Trap: the memory is that of weights, gradients and optimizer; activations come o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ def plan(config: TrainConfig, data: Sequence[Path]) -> dict[str, Any]:
 
     opened = Data(config, data)
     rows = sum(map(len, opened.mixture.train))
-    total, trained, tokens = _sizes(config, opened)
+    total, trained, tokens, numbers = _sizes(config, opened)
+    frames = sum(map(len, opened.stores))
     return {
         "objectives": ", ".join(f"{name} ({weight:g})" for name, weight in config.objectives().items()),
         "parameters": total,
         "trained": trained,
         "memory": _memory(config, total, trained),
         "tokens_per_sample": tokens,
+        **({"cached_features": f"{4 * frames * numbers / 1e9:.3g} GB on disk"} if config.cache_features else {}),
         "training_rows": rows,
         "validation_rows": len(opened.val.rows),
         "steps": config.max_steps,
@@ -56,14 +59,17 @@ def _checkpoints(config: TrainConfig, total: int, trained: int) -> str:
     )
 
 
-def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str]:
-    """Parameters, trained parameters, and tokens of a sample (measured where the model is built, else of its image)."""
+def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str, int]:
+    """Parameters, trained parameters, tokens of a sample (measured where the model is built, else of its image), and
+    numbers in a picture's image tokens."""
     if config.backbone in DRAWN:
+        from vlm4vla_core.image_tokens import token_shape
         from vlm4vla_core.objectives import build
 
         model, _ = build(config, data, {})
         backbone = getattr(model, "backbone", model)
-        texts = sorted({text for store in data.stores for text in store.instructions}, key=len)
+        told = {text for store in data.stores for text in store.instructions}
+        texts = sorted(told or {data.turns(0, 0)[0][0]}, key=len)
         lengths = [len(backbone._encode(text, backbone.prompt.question)) for text in (texts[0], texts[-1])]
         shown = f"{lengths[0] + len(backbone.query)} to {lengths[1] + len(backbone.query)}"
         counts = [p.numel() for p in model.parameters()]
@@ -71,10 +77,11 @@ def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str]:
             sum(counts),
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             f"{shown}, {backbone.geometry.tokens} of them the image's",
+            math.prod(token_shape(backbone)),
         )
     from vlm4vla_core.sizes import size_of
 
-    width = data.stores[0].convention.size - 1
+    width = data.stores[0].convention.size - 1 if data.stores else 6
     size = size_of(
         config.backbone, head=config.head, chunk=config.chunk, arm_size=width, width=config.head_width,
         n_queries=config.n_queries, image_size=config.image_size, lora=config.lora, rank=config.lora_rank,
@@ -84,4 +91,5 @@ def _sizes(config: TrainConfig, data: Any) -> tuple[int, int, str]:
         total,
         size.trained(config.freeze),
         f"{size.image_tokens} of the image at {size.image_size} px, and the prompt",
+        size.image_tokens * size.token_width,
     )

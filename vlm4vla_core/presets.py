@@ -24,7 +24,7 @@ from vlm4vla_core.options import PAPER, BackboneOptions
 # Settings that decide how a run is carried out but not what it computes; they may change between re-issues.
 OPERATIONAL = frozenset({
     "save_every", "keep_last", "val_every", "val_rows", "log_every", "threads", "workers", "device", "trackers",
-    "snapshots", "parallel", "rollout_every", "rollout_benchmark", "rollout_tasks", "rollout_episodes",
+    "snapshots", "parallel", "image_root", "rollout_every", "rollout_benchmark", "rollout_tasks", "rollout_episodes",
 })  # fmt: skip
 
 DEFAULT = str(project_root() / "data/nano/paligemma-s")  # the nano VLM that one starts with
@@ -57,6 +57,10 @@ class TrainConfig(BaseModel):
     """Kinds of questions of the language objective (see docs/auxiliary-data.md); all simple ones by default."""
     questions_per_picture: int = Field(default=1, ge=1)
     """Most questions about one picture, one after the other in one sequence; each is asked once."""
+    sources: Literal["all", "stores", "files"] = "all"
+    """What of the data given is trained on: episode stores, question files or both; a stage may have its own."""
+    image_root: str | None = None
+    """Folder of the pictures that question files name; by default the one that the file lies in."""
     cache_features: bool = False
     """Compute the image tokens of a frozen tower once, keep them in RUN/features and train on them."""
     dense_targets: tuple[Literal["presence", "position", "gripper", "depth", "segmentation", "offset"], ...] = ()

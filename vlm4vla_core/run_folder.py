@@ -18,6 +18,7 @@ from vlm4vla_core import checkpoint, folders
 from vlm4vla_core.episodes.store import REMAKE
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.presets import DRAWN, TrainConfig
+from vlm4vla_core.vqa.files import fingerprint, question_files
 
 if TYPE_CHECKING:
     from vlm4vla_core.training_data import Data
@@ -26,12 +27,18 @@ STOPPED = "stopped.json"
 
 
 def run_inputs(config: TrainConfig, data: Sequence[Path]) -> dict[str, str]:
-    """Fingerprints of what a run is made from: its stores and, where given, its backbone. Raises InputError."""
-    stores = [folders.read_manifest(path, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE) for path in data]
-    inputs = {"data": "+".join(store["fingerprint"] for store in stores)}
+    """Fingerprints of what a run is made from: its stores or question files and, where given, its backbone. Raises
+    InputError."""
+    inputs = {"data": "+".join(_data_fingerprint(path) for path in data)}
     if config.backbone not in DRAWN:
         inputs["backbone"] = backbone_fingerprint(config.backbone)
     return inputs
+
+
+def _data_fingerprint(path: Path) -> str:
+    if question_files(path):
+        return fingerprint(path)
+    return str(folders.read_manifest(path, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)["fingerprint"])
 
 
 def backbone_fingerprint(path: str) -> str:
@@ -118,7 +125,7 @@ def describe(
         "identity": config.identity(),
         "inputs": inputs,
         "data": {
-            "path": [store.path for store in data.stores],
+            "path": data.paths,
             "camera": data.cameras,
             "weights": mixture.weights,
             "train_rows": sum(map(len, mixture.train)),

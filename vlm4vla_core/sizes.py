@@ -29,7 +29,8 @@ class Size:
     """Parameters of one model made into a policy.
 
     parts: of the headless base, by the names of `freezing.PARTS`. lm_head: of an untied output layer in the published
-    checkpoint. new: query and head. adapters: of LoRA, by part. image_tokens: of one picture of image_size pixels.
+    checkpoint. new: query and head. adapters: of LoRA, by part. image_tokens: of one picture of image_size pixels;
+    token_width: numbers in one, deep-stack features included.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Size:
     new: int
     image_size: int
     image_tokens: int
+    token_width: int = 0
     adapters: dict[str, int] = field(default_factory=dict)
     source: str = ""
     paper_b: float | None = None
@@ -132,6 +134,7 @@ def measure(
         new=n_queries * words.shape[1] + sum(parameter.numel() for parameter in made.parameters()),
         image_size=pixels,
         image_tokens=spec.geometry(config, pixels).tokens,
+        token_width=words.shape[1] * (1 + len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())),
         adapters={part: lora_size(base, spec, [part], rank) for part in lora},
         source=source,
         paper_b=paper_b,

@@ -31,7 +31,8 @@ def language_objective(config: TrainConfig, data: Data, backbone: Backbone) -> O
     """The VLM objective: next-token loss on answers to questions about the scene.
 
     A row that allows none of the kinds asked for (an end of an episode has no next action) is asked any question; one
-    about two moments shows them side by side. `questions_per_picture` are packed into one sequence.
+    about two moments shows them side by side. `questions_per_picture` are packed into one sequence, and so is every
+    conversation of a question file (`vqa.files`).
     """
     from vlm4vla_core.vqa.embodied import NothingToAsk, beside, expand, several
 
@@ -48,14 +49,20 @@ def language_objective(config: TrainConfig, data: Data, backbone: Backbone) -> O
             return several(store, row, rng, count, camera=camera)
 
     def make(images: np.ndarray, draw: Draw, rng: np.random.Generator, part: slice) -> dict[str, torch.Tensor]:
-        asked = [ask(int(which), int(row), rng) for which, row in zip(draw.which, draw.rows, strict=True)][part]
-        if any(first.earlier >= 0 for first, *_ in asked):
+        asked = [
+            ask(int(which), int(row), rng) if which < len(data.stores) else []  # a file's questions are given
+            for which, row in zip(draw.which, draw.rows, strict=True)
+        ][part]
+        turns = [[(one.question, one.answer) for one in questions] for questions in asked]
+        if any(first.earlier >= 0 for first, *_ in filter(None, asked)):
             images = images.copy()
-        for i, (which, (question, *_)) in enumerate(zip(draw.which[part], asked, strict=True)):
-            if question.earlier >= 0:
-                before = data.stores[which].images(data.cameras[which], [question.earlier], images.shape[1])
+        for i, (which, row, questions) in enumerate(zip(*draw.part(part), asked, strict=True)):
+            if not questions:
+                turns[i] = data.turns(which, row)
+            elif questions[0].earlier >= 0:
+                before = data.stores[which].images(data.cameras[which], [questions[0].earlier], images.shape[1])
                 images[i] = beside(before[0], images[i])
-        return backbone.collate_turns(images, [[(one.question, one.answer) for one in turns] for turns in asked])
+        return backbone.collate_turns(images, turns)
 
     return _text_objective(backbone, make)
 

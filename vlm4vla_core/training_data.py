@@ -6,6 +6,7 @@ Trap: a sample is a place in a store, so a draw names the store and the row; row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ from vlm4vla_core.episodes.sampling import action_chunks, batch_rows
 from vlm4vla_core.episodes.store import REMAKE, EpisodeStore
 from vlm4vla_core.errors import InputError, nearest
 from vlm4vla_core.presets import TrainConfig
+from vlm4vla_core.vqa.files import QuestionFile, question_files
 
 
 class Draw(NamedTuple):
-    """A batch: which store (B,) and which of its rows (B,)."""
+    """A batch: which store (B,) and which of its rows (B,); question files are numbered after the stores."""
 
     which: np.ndarray
     rows: np.ndarray
@@ -36,35 +38,63 @@ class Draw(NamedTuple):
 
 
 class Data:
-    """The stores of a run, opened, split and read. Raises InputError on stores that cannot be trained on together."""
+    """The stores of a run, opened, split and read, and question files beside or instead of them.
+
+    Raises InputError on stores that cannot be trained on together, and on question files with another objective than
+    language.
+    """
 
     def __init__(self, config: TrainConfig, paths: Sequence[Path]) -> None:
-        stores = [EpisodeStore.open(path) for path in paths]
-        for path, store in zip(paths, stores, strict=True):
+        known = {path: bool(question_files(path)) for path in paths}
+        paths = [path for path in paths if config.sources in ("all", "files" if known[path] else "stores")]
+        if not paths:
+            raise InputError(f"no {config.sources} among the data", fix="give some to --data, or other sources")
+        asked = [known[path] for path in paths]
+        stores = [EpisodeStore.open(path) for path, questions in zip(paths, asked, strict=True) if not questions]
+        root = Path(config.image_root) if config.image_root else None
+        self.files = [QuestionFile.open(path, root) for path, questions in zip(paths, asked, strict=True) if questions]
+        if self.files and (set(config.objectives()) != {"language"} or config.cache_features):
+            what = "question files are for the language objective alone, without cache_features"
+            raise InputError(what, where=self.files[0].path, fix="use --objective language, or --sources stores")
+        for store in stores:
+            path = store.path
             if len(bad := np.flatnonzero(~np.isfinite(store.action).all(1))):
                 what = f"{len(bad)} actions are NaN or infinite, the first in row {bad[0]}"
                 raise InputError(what, where=path, fix=REMAKE)
-        if config.weights and len(config.weights) != len(stores):
-            raise InputError(f"{len(config.weights)} weights for {len(stores)} stores", fix="give one for each")
-        self.config = config
-        self.mixture: Mixture = mix(stores, config.weights or None, fraction=config.val_fraction)
+        if config.weights and len(config.weights) != len(paths):
+            raise InputError(f"{len(config.weights)} weights for {len(paths)} stores", fix="give one for each")
+        self.config, self.paths = config, list(paths)
+        order = sorted(range(len(paths)), key=lambda place: asked[place])  # stores before files
+        weights = [config.weights[place] for place in order] if config.weights else []
+        mixture = mix(stores, weights[: len(stores)] or None, fraction=config.val_fraction)
+        if self.files:
+            splits = [file.split(config.val_fraction) for file in self.files]
+            mixture = replace(
+                mixture,
+                weights=(*mixture.weights, *(weights[len(stores) :] or (float(len(train)) for train, _ in splits))),
+                train=(*mixture.train, *(train for train, _ in splits)),
+                val=(*mixture.val, *(val for _, val in splits)),
+            )
+        self.mixture: Mixture = mixture
         self.stores = self.mixture.stores
         self.cameras = [_camera(config, store) for store in stores]
-        self.stats = stores[0].stats["action"] if len(stores) == 1 else self.mixture.action_statistics()
+        self.stats = {} if not stores else stores[0].stats["action"]
+        if len(stores) > 1:
+            self.stats = self.mixture.action_statistics()
         self.val = self._spread(config.val_rows)
         self.skipped = 0
         self.blank = False  # whether pictures are not looked at, because their image tokens are there (`cached`)
 
     def _spread(self, wanted: int) -> Draw:
         """Held-out rows, evenly spread over all stores."""
-        which = np.repeat(np.arange(len(self.stores)), [len(rows) for rows in self.mixture.val])
+        which = np.repeat(np.arange(len(self.mixture.val)), [len(rows) for rows in self.mixture.val])
         rows = np.concatenate(self.mixture.val)
         return Draw(which, rows).part(np.linspace(0, len(rows) - 1, min(wanted, len(rows))).round().astype(int))  # type: ignore[arg-type]
 
     def batch(self, step: int) -> Draw:
         """The global batch of a step."""
         config = self.config
-        if len(self.stores) > 1:
+        if len(self.mixture.train) > 1:
             return Draw(*self.mixture.batch(config.batch_size, config.seed, step))
         rows = batch_rows(self.mixture.train[0], config.batch_size, config.seed, step)
         return Draw(np.zeros(len(rows), np.int64), rows)
@@ -76,7 +106,11 @@ class Data:
         found = np.empty((len(draw.rows), size, size, 3), np.uint8)
         for part in np.unique(draw.which):
             mine = draw.which == part
-            found[mine] = self.stores[part].images(self.cameras[part], draw.rows[mine], size)
+            if part < len(self.stores):
+                found[mine] = self.stores[part].images(self.cameras[part], draw.rows[mine], size)
+            else:
+                file = self.files[part - len(self.stores)]
+                found[mine] = [file.picture(row, size) for row in draw.rows[mine]]
         return found
 
     def readable(self, draw: Draw, size: int) -> Draw:
@@ -106,6 +140,10 @@ class Data:
             stores[part].instructions[stores[part].episode_of[row]]
             for part, row in zip(draw.which, draw.rows, strict=True)
         ]
+
+    def turns(self, which: int, row: int) -> list[tuple[str, str]]:
+        """Questions and answers of one conversation of a question file."""
+        return self.files[which - len(self.stores)].turns(row)
 
     def actions(self, draw: Draw, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunks (B, chunk, A) and mask (B, chunk); see `sampling.action_chunks`."""

@@ -26,7 +26,7 @@ class _Own:
     recipe: Positional[str]
     """Preset (tiny, paper/calvin, paper/bridge, paper/libero10) or TOML file."""
     data: tuple[Path, ...]
-    """Episode store, or several."""
+    """Episode store, or several; for the language objective also question files (see docs/auxiliary-data.md)."""
     out: Path
     """Run folder: run.json, log.jsonl, checkpoints/; of several stages, a folder of runs."""
     dry_run: bool = False

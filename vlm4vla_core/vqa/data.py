@@ -135,6 +135,11 @@ class LlavaData:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def before(self) -> np.ndarray:
+        """(n,) the row of the first question of each conversation."""
+        return np.frombuffer(self._before, np.int64)
+
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self._count:
             raise IndexError(f"row {index} of {self._count}")
