@@ -30,7 +30,7 @@ class Size:
 
     parts: of the headless base, by the names of `freezing.PARTS`. lm_head: of an untied output layer in the published
     checkpoint. new: query and head. adapters: of LoRA, by part. image_tokens: of one picture of image_size pixels;
-    token_width: numbers in one, deep-stack features included.
+    token_width: numbers in one, deep-stack features included. idle: parameters of experts that a token does not use.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Size:
     image_size: int
     image_tokens: int
     token_width: int = 0
+    idle: int = 0
     adapters: dict[str, int] = field(default_factory=dict)
     source: str = ""
     paper_b: float | None = None
@@ -126,6 +127,9 @@ def measure(
             raise ValueError(f"parameter {parameter_name} belongs to no part of {spec.name}")
         parts[part] += parameter.numel()
     pixels = image_size or spec.native_size(config)
+    text = config.get_text_config()
+    used = getattr(text, "num_experts_per_tok", 1) / (getattr(text, "num_experts", None) or 1)
+    experts = sum(one.numel() for key, one in base.named_parameters() if ".experts." in key)
     return Size(
         name=name,
         family=spec.name,
@@ -135,6 +139,7 @@ def measure(
         image_size=pixels,
         image_tokens=spec.geometry(config, pixels).tokens,
         token_width=words.shape[1] * (1 + len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())),
+        idle=round(experts * (1 - used)),
         adapters={part: lora_size(base, spec, [part], rank) for part in lora},
         source=source,
         paper_b=paper_b,

@@ -77,7 +77,7 @@ def _root(plan: Plan, job: Job) -> str:
 
 @lru_cache
 def _counted(source: str, image_size: int | None) -> tuple[float, int]:
-    """Parameters and tokens per sample."""
+    """Parameters that a token meets, and tokens per sample."""
     if source == "tiny":
         return 0.3e6, 20 + PROMPT_TOKENS
     from vlm4vla_core.sizes import size_of
@@ -86,7 +86,7 @@ def _counted(source: str, image_size: int | None) -> tuple[float, int]:
         size = size_of(source, image_size=image_size)
     except (InputError, OSError):  # a hub id that is not known here and cannot be asked for
         return 0.0, 0
-    return float(size.headless + size.new), size.image_tokens + PROMPT_TOKENS
+    return float(size.headless - size.idle + size.new), size.image_tokens + PROMPT_TOKENS
 
 
 def _limits(protocol: str) -> dict[str, int]:

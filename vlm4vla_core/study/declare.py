@@ -10,6 +10,7 @@ undo the arm's `seeds`, so it is refused.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -149,6 +150,8 @@ class Study(_Table):
     def _names(self) -> Self:
         for kind in ("data", "backbone", "benchmark", "arm", "stage", "probe"):
             names = [_name(entry) for entry in getattr(self, kind)]
+            if odd := [name for name in (self.name, *names) if not re.fullmatch(r"[\w.@+-]+", name)]:
+                raise ValueError(f"'{odd[0]}' becomes part of a path; use letters, digits, '.', '_', '+' and '-'")
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"two {kind} entries are called '{min(twice)}'")
         for kind, where, wanted in self._mentions():
@@ -181,18 +184,31 @@ def _name(entry: Any) -> str:
 
 def read_study(path: Path) -> Study:
     """The study that a TOML file declares. Raises InputError on a missing or malformed file, unknown keys and names."""
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError("no such study file", where=path) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"not a valid TOML file ({error})", where=path) from None
+    values = _read(Path(path))
     if "folder" in values:
         raise InputError("unknown key 'folder'", where=path)
     try:
         return Study(**values, folder=Path(path).resolve().parent)
     except ValidationError as error:
         raise _told(error, values, path) from None
+
+
+def _read(path: Path, depth: int = 0) -> dict[str, Any]:
+    """A file's tables, after those of the files that it includes; what stands later adds entries, or wins."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError("no such study file", where=path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not a valid TOML file ({error})", where=path) from None
+    merged: dict[str, Any] = {}
+    included = values.pop("include", [])
+    if not isinstance(included, list) or depth > 4:
+        raise InputError("include must be a list of files that do not include each other", where=path)
+    for more in (*(_read(path.parent / str(name), depth + 1) for name in included), values):
+        for key, value in more.items():
+            merged[key] = [*merged[key], *value] if isinstance(merged.get(key), list) else value
+    return merged
 
 
 def _told(error: ValidationError, values: dict[str, Any], path: Path) -> InputError:

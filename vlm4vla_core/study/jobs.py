@@ -28,8 +28,8 @@ class Job:
     """One call of a verb.
 
     kind: record, train, evaluate, ask or probe. spec: what decides the result, as JSON. needs: role -> job id, and
-    given: role -> path or name of what is there already. amount: episodes, 0 elsewhere. gpus: taken where there are any.
-    config: of a training.
+    given: role -> path or name of what is there already. amount: episodes, 0 elsewhere. gpus: taken where
+    there are any. config: of a training.
     """
 
     id: str

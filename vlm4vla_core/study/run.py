@@ -21,7 +21,7 @@ from vlm4vla_core.errors import InputError
 from vlm4vla_core.progress import progress
 from vlm4vla_core.run_folder import locked
 from vlm4vla_core.study.jobs import CONFIG, Job, Plan, write_toml
-from vlm4vla_core.study.state import Status, jobs_folder, look
+from vlm4vla_core.study.state import MISSING, Status, jobs_folder, look
 from vlm4vla_core.study.work import perform
 
 STUDY = "study.json"
@@ -152,7 +152,7 @@ def _drive(plan: Plan, out: Path, executor: Executor, bar: Any, told: Callable[[
         for one in status.of("ready", "failed", "blocked", "running"):
             job = plan.jobs[one]
             before = all(status.states[need].state == "done" for need in job.needs.values())
-            if one in tried or not before or status.states[one].note.startswith("there is no store"):
+            if one in tried or not before or status.states[one].note.startswith(MISSING):
                 continue
             if len(running) < executor.slots and executor.room(job.gpus):
                 tried.add(one)

@@ -22,6 +22,7 @@ from vlm4vla_core.study.jobs import PRODUCT, Job, Plan
 
 DONE, FAILED, RUNNING = "done.json", "failed.json", "running.json"
 BEAT, STALE = 5.0, 30.0  # seconds between refreshes of running.json, and after which it means nothing
+MISSING = "there is no store"
 STATES = ("done", "shipped", "running", "ready", "waiting", "failed", "blocked")
 
 
@@ -77,7 +78,7 @@ def _ready(job: Job, plan: Plan, states: dict[str, State]) -> State:
     """A job that has not begun: whether it can."""
     for role, where in job.given.items():
         if role == "data" and not (Path(where) / folders.STORE_MANIFEST).is_file():
-            return State("blocked", f"there is no store {where}")
+            return State("blocked", f"{MISSING} {where}")
     before = [(plan.jobs[one], states[one]) for one in job.needs.values()]
     for need, state in before:
         if state.state in ("failed", "blocked"):

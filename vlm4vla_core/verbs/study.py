@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vlm4vla_core.study.run import Executor
     from vlm4vla_core.study.state import Status
 
+_SHOWN = 40  # cells in the table of a plan
+
 
 @dataclass(frozen=True)
 class Args:
@@ -82,7 +84,7 @@ def run(args: Args) -> int:
 
 def _plan(args: Args, plan: Plan, out: Path) -> int:
     from vlm4vla_core.study.cost import DEVICES, UTILISATION, costs, remaining
-    from vlm4vla_core.study.state import look
+    from vlm4vla_core.study.state import MISSING, look
 
     status, prices = look(plan, out), costs(plan)
     print(f"{plan.study.name}: {plan.study.question}".rstrip(": "))
@@ -107,10 +109,13 @@ def _plan(args: Args, plan: Plan, out: Path) -> int:
     seconds = remaining(plan, status, todo, args.device)
     told = f"{DEVICES[args.device] * UTILISATION / 1e12:.3g} TFLOP/s"
     print(f"left: about {_span(seconds)} of one {args.device} ({told} of it used) and one core in turn")
-    for one in status.of("blocked"):
-        print(f"blocked: {plan.jobs[one].folder}: {status.states[one].note}")
-    for cell in plan.cells:
+    for note in sorted({status.states[one].note for one in status.of("blocked")}):
+        if note.startswith(MISSING):
+            print(f"blocked: {note}")
+    for cell in plan.cells[:_SHOWN]:
         print(f"  {cell.name:<64}{_cell_state(cell, status)}")
+    if len(plan.cells) > _SHOWN:
+        print(f"  … and {len(plan.cells) - _SHOWN} more cells")
     if args.json:
         answer = {"study": plan.study.name, "cells": [cell.name for cell in plan.cells], "kinds": lines}
         folders.write_json(args.json, {**answer, "device": args.device, "seconds_left": seconds})
