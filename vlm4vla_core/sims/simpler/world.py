@@ -65,7 +65,8 @@ class SimplerBridge:
             env.xyz_configs = torch.tensor(position[None], dtype=torch.float32)  # (1, 2, 3)
             env.quat_configs = torch.tensor(quaternion[None], dtype=torch.float32)  # (1, 2, 4)
             number = 0
-        env.reset(seed=episode, options={"episode_id": torch.tensor([number]), "reconfigure": True})
+        # Nothing is drawn: the number, or the practice scene, says all. ManiSkill's seeds have 32 bits, ours more.
+        env.reset(seed=0, options={"episode_id": torch.tensor([number]), "reconfigure": True})
         self.instruction, self.renewed, self.running = env.get_language_instruction()[0], False, True
         self._practice = practice
         self._steps, self._last, self._ever, self._grasped = 0, False, False, False
