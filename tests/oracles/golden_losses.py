@@ -20,6 +20,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "language": {"objective": "language"},
     "fast": {"objective": "fast"},
     "mixture": {"auxiliary": {"language": 0.5}},
+    "dense": {"objective": "dense"},
+    "packed": {"objective": "language", "questions_per_picture": 4},
+    "cached": {"objective": "language", "freeze": ("vision", "projector"), "cache_features": True},
 }
 CASES = [f"{family} {name}" for family in FAMILIES for name in OBJECTIVES]
 
