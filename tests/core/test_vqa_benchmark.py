@@ -200,6 +200,28 @@ def test_a_published_folder_with_its_own_output_layer_and_a_policy_s_backbone(tm
     assert given[0] == given[1]
 
 
+def test_any_family_with_its_own_language_head_answers_and_its_score_feeds_correlate(tmp_path: Path):
+    """Families that differ in image tokens, attention and language model; correlate takes their rows as they are."""
+    made = []
+    for name in ("qwen3_vl", "paligemma", "smolvlm", "kosmos2"):
+        tiny(name, seed=1, language_head=True).save(tmp_path / name)
+        table = evaluate(tmp_path / name, tmp_path / f"{name}-out", episodes=1)
+        assert set(table["family"]) == {name} and set(table["kind"]) == set(GENERAL)
+        made.append(pd.read_csv(tmp_path / f"{name}-out" / "capability.csv"))
+        made[-1]["score"] += len(made) / 10  # fresh models all know nothing
+    capability_rows = pd.concat(made)
+    assert set(capability_rows["evaluator"]) == {"vlm4vla"} and set(capability_rows["version"]) == {BENCH.protocol}
+    capability_rows.to_csv(tmp_path / "capability.csv", index=False)
+    performance = capability_rows[["model", "family", "lineage"]].assign(
+        benchmark="tabletop-tasks-abc@1", task="", metric="success", value=[0.2, 0.1, 0.4, 0.3], successes=pd.NA,
+        episodes=200, source="made up", quality="made up",
+    )  # fmt: skip
+    performance.to_csv(tmp_path / "performance.csv", index=False)
+    words = ["--capability", tmp_path / "capability.csv", "--performance", tmp_path / "performance.csv"]
+    assert main(["correlate", *map(str, words), "--json", str(tmp_path / "told.json")]) == 0
+    assert BENCH.name in (tmp_path / "told.json").read_text()
+
+
 @pytest.mark.slow
 def test_answers_can_be_learnt_by_heart_and_are_then_generated():
     """From scenes to words: 24 questions about 24 pictures, among them equal questions with different answers."""
