@@ -6,6 +6,7 @@ so every decision (stop, bad loss) is made on numbers that all have.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,13 +38,15 @@ class Devices:
         if wanted == "cuda" and not torch.cuda.is_available():
             raise InputError("torch sees no CUDA device", fix="use --device cpu, or a CUDA build of torch")
         gpu = wanted != "cpu" and torch.cuda.is_available()
-        self.rank, self._began = 0, False
+        self.rank = 0
         self.device = torch.device("cuda" if gpu else "cpu")
         if self.world > 1:
             from accelerate import PartialState
 
-            self._began = not torch.distributed.is_initialized()
+            began = not torch.distributed.is_initialized()
             state = PartialState(cpu=not gpu, **({} if gpu else {"backend": "gloo"}))
+            if began:  # for good: a group that is left and joined again, as by two stages, may wait for ever
+                atexit.register(torch.distributed.destroy_process_group)
             self.rank, self.device = state.process_index, state.device
             if state.num_processes != self.world or state.device.type != ("cuda" if gpu else "cpu"):
                 raise InputError(
@@ -129,12 +132,3 @@ class Devices:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(np.random.SeedSequence([*key, self.rank]).generate_state(1)[0]))
             yield
-
-    def close(self) -> None:
-        """Leave the group of processes, when it was joined here."""
-        if self._began:
-            import torch
-            from accelerate import PartialState
-
-            torch.distributed.destroy_process_group()
-            PartialState._reset_state()

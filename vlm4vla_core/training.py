@@ -62,14 +62,11 @@ def train(config: TrainConfig, data: Path | str | Sequence[Path], out: Path | st
     opened = Data(config, paths)
     refuse_changes(out, identity, inputs)  # before the lock, which would write into a folder that is no run
     devices = Devices(config.device, config.parallel)
-    try:
-        with locked(out) if devices.first else nullcontext(), faults.threads(config.threads), faults.room_on_disk(out):
-            refuse_changes(out, identity, inputs)  # again: another process may have begun here meanwhile
-            run = _Run(config, opened, out, inputs, devices)
-            with faults.stop_flag() as stop:
-                return run.go(stop)
-    finally:
-        devices.close()
+    with locked(out) if devices.first else nullcontext(), faults.threads(config.threads), faults.room_on_disk(out):
+        refuse_changes(out, identity, inputs)  # again: another process may have begun here meanwhile
+        run = _Run(config, opened, out, inputs, devices)
+        with faults.stop_flag() as stop:
+            return run.go(stop)
 
 
 def _paths(data: Path | str | Sequence[Path]) -> list[Path]:

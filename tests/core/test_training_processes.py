@@ -82,7 +82,7 @@ def begin(folder: Path, settings: dict[str, Any], data: Path, out: Path, mode: s
 def ended(process: Any) -> Any:
     """Its exit code and stderr, within a time; nothing of it may be left."""
     try:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -164,6 +164,29 @@ def test_ctrl_c_saves_and_ends_all_and_both_killed_resume_exactly(data: Path, pa
 # --- FSDP2
 
 SHARDED = {**SETTINGS, "parallel": "fsdp", "ema": 0.5, "snapshots": "weights", "accumulate": 2}
+
+
+def test_stages_follow_one_another_in_two_processes_and_one_of_them_speaks(data: Path, tmp_path: Path):
+    """Two runs in one torchrun, sharded: the second starts from the first one's last checkpoint."""
+    recipe = tmp_path / "stages.toml"
+    rest = "".join(
+        f"{name} = {json.dumps(SETTINGS[name])}\n" for name in ("image_size", "chunk", "head_width", "device")
+    )
+    rest += 'preset = "tiny"\nmax_steps = 2\nbatch_size = 4\nval_rows = 2\nval_every = 0\nparallel = "fsdp"\n'
+    recipe.write_text(
+        rest + '[[stages]]\nname = "fast"\nobjective = "fast"\n[[stages]]\nname = "vla"\nprecision = "bf16"\n'
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlm4vla_core.cli"]
+    words += ["train", str(recipe), "--data", str(data), "--out", str(tmp_path / "runs")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stage 2 of 2: vla") == 1 and done.stdout.count("held-out") == 2
+    policy = VLAPolicy.load(tmp_path / "runs" / "vla")
+    assert policy.backbone.lineage["stages"] == ["fast", "action"]
+    end = load_file(checkpoint.resolve(tmp_path / "runs" / "fast") / checkpoint.WEIGHTS)
+    start = load_file(checkpoint.step_folder(tmp_path / "runs" / "vla", 0) / checkpoint.WEIGHTS)
+    assert all(torch.equal(value, start[name]) for name, value in end.items())
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,17 @@ settings, with [[stages]] tables if one is to follow the other. Every setting is
 again goes on where a killed run stopped, exactly, and does nothing once the run is finished; other settings or data
 need another --out. For several processes: torchrun --nproc-per-node 2 -m vlm4vla_core.cli train …
 
+With --parallel fsdp they share weights, gradients and optimizer states, too (docs/cluster.md).
+
 Example: vlm4vla train tiny --data stores/tabletop --out runs/vla
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
+import io
+import os
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +69,13 @@ _PEOPLE = {"m": ("mm", 1000.0), "rad": ("degrees", 57.29577951308232)}
 
 
 def run(args: Any) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        return _run(args)
+    with redirect_stdout(io.StringIO()):  # of several processes the first one speaks and writes
+        return _run(replace(args, json=None))
+
+
+def _run(args: Any) -> int:
     given = {name: getattr(args, name) for name in TrainConfig.model_fields if getattr(args, name) is not None}
     stages = make_stages(args.recipe, given)
     summaries = []
