@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.film import captioned, write_video
@@ -24,6 +25,19 @@ def test_captions_enlarge_the_picture_and_keep_long_words_whole() -> None:
     assert (told[-20:-2, :4] == 0).all() and (told[-22:, -20:] == short[-22:, -20:]).all()
 
 
+def test_small_things_keep_their_colour_in_a_gif(tmp_path: Path) -> None:
+    """Hundreds of shades of wood, and one small thing of each colour, which must not be painted in another's."""
+    shades = np.random.default_rng(0).integers(0, 60, (96, 96, 1))
+    frame = (np.array([190, 140, 95]) - shades * np.array([1.0, 0.9, 0.7])).astype(np.uint8)
+    colours = np.array([[220, 30, 30], [30, 170, 60], [35, 75, 230], [245, 210, 30], [150, 50, 190], [30, 200, 215]])
+    for k, colour in enumerate(colours):
+        frame[10 + 14 * k : 13 + 14 * k, 40:43] = colour
+    write_video(tmp_path / "a.gif", [frame, frame[::-1]], 5)
+    with Image.open(tmp_path / "a.gif") as film:
+        shown = np.array(film.convert("RGB")).astype(int)
+    assert np.abs(shown - frame).max() < 30
+
+
 @pytest.mark.parametrize("ending", [".mp4", ".gif"])
 def test_a_film_holds_its_frames(tmp_path: Path, ending: str) -> None:
     frames = [np.full((57, 64, 3), shade, np.uint8) for shade in (0, 120, 250)]  # an odd height
@@ -35,7 +49,7 @@ def test_a_film_holds_its_frames(tmp_path: Path, ending: str) -> None:
         with av.open(str(path)) as film:
             seen = [frame.to_ndarray(format="rgb24").mean() for frame in film.decode(video=0)]
     else:
-        from PIL import Image, ImageSequence
+        from PIL import ImageSequence
 
         with Image.open(path) as pages:
             seen = [np.asarray(page.convert("RGB")).mean() for page in ImageSequence.Iterator(pages)]
