@@ -232,6 +232,24 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(data: Path, sharded: Path
     assert_alike(sharded, tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "rel"),
+    [
+        ({"checkpoint_activations": True}, 1e-4),
+        ({"checkpoint_activations": True, "precision": "bf16"}, 1e-2),
+        ({"compile": True, "pad_to": 64}, 1e-4),
+    ],
+)
+def test_sharding_goes_with_what_saves_memory_and_time(data: Path, tmp_path: Path, more: dict[str, Any], rel: float):
+    plain = {**SETTINGS, "auxiliary": {}, "head": "fc", "max_steps": 3, **more}
+    train(TrainConfig(**plain), data, tmp_path / "one")
+    done = two(tmp_path, {**plain, "parallel": "fsdp"}, data, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    found = [[line["loss"] for line in lines(tmp_path / run) if "loss" in line] for run in ("one", "two")]
+    assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], rel=rel)
+
+
 def test_what_was_asked_for_is_what_runs(data: Path, tmp_path: Path):
     with pytest.raises(InputError, match="shares the model among processes, and there is one; start it with torchrun"):
         train(TrainConfig(**SHARDED), data, tmp_path / "run")
