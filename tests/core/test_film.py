@@ -27,7 +27,7 @@ def test_captions_enlarge_the_picture_and_keep_long_words_whole() -> None:
 
 def test_small_things_keep_their_colour_in_a_gif(tmp_path: Path) -> None:
     """Hundreds of shades of wood, and one small thing of each colour, which must not be painted in another's."""
-    shades = np.random.default_rng(0).integers(0, 60, (96, 96, 1))
+    shades = np.random.default_rng(0).integers(0, 60, (96, 96, 3))
     frame = (np.array([190, 140, 95]) - shades * np.array([1.0, 0.9, 0.7])).astype(np.uint8)
     colours = np.array([[220, 30, 30], [30, 170, 60], [35, 75, 230], [245, 210, 30], [150, 50, 190], [30, 200, 215]])
     for k, colour in enumerate(colours):
