@@ -35,10 +35,12 @@ def test_it_finds_what_is_here(tmp_path: Path, capsys):
 
 
 def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    from vlm4vla_core.sims import simulator
+
     monkeypatch.setattr(doctor.folders, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(simulator.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    for name in ("MS_ASSET_DIR", "CALVIN_ROOT"):
+    for name in ("MS_ASSET_DIR", "CALVIN_ROOT", "VLM4VLA_SIM_ASSETS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     found = findings(capsys, tmp_path)
@@ -48,21 +50,26 @@ def test_what_is_missing_is_named_with_what_to_do(tmp_path: Path, capsys, monkey
         ("CALVIN", "make venv-calvin"),
     ):
         assert found[name]["state"] == "missing" and found[name]["do"] == do
-    for name in ("LIBERO assets", "SimplerEnv assets", "CALVIN checkout", "Chromium"):
+    for name in ("LIBERO needs", "SimplerEnv needs", "CALVIN needs", "Chromium"):
         assert found[name]["state"] == "missing" and found[name]["do"]
 
 
 def test_simulators_beside_the_project_and_assets_are_found(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    packages = tmp_path / ".venv-simpler" / "lib" / "python3.11" / "site-packages"
-    for name in ("mani_skill", "sapien"):
+    from vlm4vla_core.sims.libero import assets
+
+    packages = tmp_path / ".venv-libero" / "lib" / "python3.11" / "site-packages"
+    for name in ("libero", "robosuite", "mujoco", "bddl"):
         (packages / name).mkdir(parents=True)
-    (tmp_path / "assets/data/tasks/bridge_v2_real2sim_dataset/custom").mkdir(parents=True)
-    (tmp_path / "calvin/data/calvin_table_D").mkdir(parents=True)
+    for part in assets.PARTS:
+        (tmp_path / "mine" / "libero" / "assets" / part).mkdir(parents=True)
     monkeypatch.setattr(doctor.folders, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path / "assets"))
-    monkeypatch.setenv("CALVIN_ROOT", str(tmp_path / "calvin"))
+    monkeypatch.setenv("VLM4VLA_SIM_ASSETS", str(tmp_path / "mine"))
+    monkeypatch.setattr("vlm4vla_core.sims.libero.renderer", lambda: "osmesa")
     found = findings(capsys, tmp_path)
-    assert all(found[name]["state"] == "ok" for name in ("SimplerEnv", "SimplerEnv assets", "CALVIN checkout"))
+    assert found["LIBERO"]["state"] == found["LIBERO needs"]["state"] == "ok"
+    monkeypatch.setattr("vlm4vla_core.sims.libero.renderer", lambda: "")
+    found = findings(capsys, tmp_path)
+    assert found["LIBERO needs"]["found"] == "a renderer" and "libosmesa6" in found["LIBERO needs"]["do"]
     assert not {"mani_skill", "sapien", "libero", "robosuite", "pybullet"} & set(sys.modules)
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 from vlm4vla_core import folders
@@ -39,6 +39,7 @@ class Finding:
 
 
 REQUIRED = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "numpy", "pandas", "pyarrow")
+_NAMES = {"libero": "LIBERO", "simpler": "SimplerEnv", "calvin": "CALVIN"}
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -114,62 +115,27 @@ def _torch() -> Iterator[Finding]:
 # --- simulators -----------------------------------------------------------------------------------------
 
 
-def _where(module: str, environment: str) -> str:
-    """Where a module lies: in this environment, or in the simulator's own beside the project; "" when in neither."""
-    try:
-        spec = util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is not None:
-        return "in this environment"
-    places = (folders.project_root() / environment / "lib").glob(f"python*/site-packages/{module}")
-    return f"in {environment}" if any(places) else ""
-
-
 def _simulators() -> Iterator[Finding]:
+    """Each simulator's packages, and what else its protocol misses: assets, a renderer, a driver, a checkout."""
+    from vlm4vla_core.sims import simulators
+    from vlm4vla_core.sims.simulator import where
+
     yield Finding("simulators", "ok", "tabletop", "built in")
-    for simulator, environment, modules in (
-        ("LIBERO", ".venv-libero", ("libero", "robosuite", "mujoco")),
-        ("SimplerEnv", ".venv-simpler", ("mani_skill", "sapien")),
-        ("CALVIN", ".venv-calvin", ("pybullet", "omegaconf")),
-    ):
-        places = {module: _where(module, environment) for module in modules}
-        missing = [module for module, place in places.items() if not place]
-        found = (
-            f"no {', '.join(missing)}"
-            if missing
-            else f"{', '.join(modules)} {' / '.join(sorted(set(places.values())))}"
-        )
-        do = f"make {environment[1:]}" if missing else ""
-        yield Finding("simulators", "missing" if missing else "ok", simulator, found, do)
-    yield _folder("LIBERO assets", *_libero_assets(), "the first LIBERO run fetches them from the model hub")
-    maniskill = os.environ.get("MS_ASSET_DIR")
-    place = Path(maniskill or Path.home() / ".maniskill") / "data" / "tasks" / "bridge_v2_real2sim_dataset"
-    do = "fetch ManiSkill's bridge_v2_real2sim assets and name their folder in MS_ASSET_DIR"
-    yield _folder("SimplerEnv assets", [place], "custom", do)
-    calvin = os.environ.get("CALVIN_ROOT")
-    do = "clone mees/calvin_env and name its folder in CALVIN_ROOT"
-    if calvin is None:
-        yield Finding("simulators", "missing", "CALVIN checkout", "CALVIN_ROOT is not set", do)
-    else:
-        roots = [Path(calvin), Path(calvin) / "calvin_env"]
-        yield _folder("CALVIN checkout", roots, "data/calvin_table_D", do)
-
-
-def _libero_assets() -> tuple[list[Path], str]:
-    places = [Path.home() / ".cache" / "libero" / "assets"]
-    places += (folders.project_root() / ".venv-libero" / "lib").glob("python*/site-packages/libero/libero/assets")
-    if (spec := util.find_spec("libero")) and spec.origin:
-        places.append(Path(spec.origin).parent / "libero" / "assets")
-    return places, "articulated_objects"
-
-
-def _folder(name: str, places: list[Path], inside: str, do: str) -> Finding:
-    for place in places:
-        if (place / inside).is_dir():
-            return Finding("simulators", "ok", name, str(place))
-    looked = ", ".join(map(str, places))
-    return Finding("simulators", "missing", name, f"no {inside} in {looked}", do)
+    first = {bench.environment: bench for bench in reversed(simulators().values())}  # one protocol of each simulator
+    for environment, bench in sorted(first.items()):
+        name = _NAMES.get(environment, environment)
+        places = {module: where(module, environment) for module in bench.modules}
+        if gone := [module for module, place in places.items() if not place]:
+            yield Finding("simulators", "missing", name, f"no {', '.join(gone)}", f"make venv-{environment}")
+        else:
+            there = " / ".join(sorted(set(places.values())))
+            yield Finding("simulators", "ok", name, f"{', '.join(bench.modules)} ({there})")
+        lines = [line for line in bench.missing() if f"make venv-{environment}" not in line]
+        for line in lines:
+            found, _, do = line.removeprefix(f"{bench.protocol} needs ").partition(": ")
+            yield Finding("simulators", "missing", f"{name} needs", found, do)
+        if not lines:
+            yield Finding("simulators", "ok", f"{name} needs", "everything else is there, assets included")
 
 
 # --- tools and families ---------------------------------------------------------------------------------
