@@ -476,5 +476,5 @@ def test_a_gpu_that_is_not_there_and_an_unknown_tracker_are_refused(data: Path, 
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):
             train(config(device="cuda"), data, tmp_path / "run")
-    with pytest.raises(InputError, match="no tracker 'tensorbord' is installed"):
+    with pytest.raises(InputError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
         train(config(trackers=("tensorbord",)), data, tmp_path / "other")
