@@ -50,8 +50,7 @@ def build(config: TrainConfig, data: Data, inputs: dict[str, str]) -> tuple[Any,
 
     model: Any = start(config, inputs)
     backbone: Backbone = model
-    seen = {look for store in data.stores for look in store.episodes.get("domain", ()) if isinstance(look, str)}
-    if seen:  # what is seen in training may not pass for unseen in evaluation
+    if seen := _looks(data):  # what is seen in training may not pass for unseen in evaluation
         backbone.lineage["domains"] = sorted({*backbone.lineage.get("domains", ()), *seen})
     if config.objective == "action":
         model = _policy(config, data, backbone)
@@ -67,6 +66,16 @@ def build(config: TrainConfig, data: Data, inputs: dict[str, str]) -> tuple[Any,
         name: action_objective(config, data, model) if name == "action" else makers[name](config, data, backbone)
         for name in config.objectives()
     }
+
+
+def _looks(data: Data) -> set[str]:
+    """The looks of the episodes that are trained on; of CALVIN's ABC-D, held-out episodes show another scene."""
+    found: set[str] = set()
+    for store, rows in zip(data.stores, data.mixture.train, strict=False):  # question files come after the stores
+        if "domain" in store.episodes:
+            looks = store.episodes["domain"].to_numpy()[np.unique(store.episode_of[rows])]
+            found |= {look for look in looks if isinstance(look, str)}
+    return found
 
 
 def start(config: TrainConfig, inputs: dict[str, str]) -> Backbone:

@@ -256,3 +256,36 @@ def test_importing_the_protocol_imports_no_simulator():
     code = "import sys, vlm4vla_core.sims.calvin as c; c.PROTOCOLS['calvin-abc-d@1'].missing(); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert not {"pybullet", "omegaconf", "torch", "scipy", "pandas"} & set(ran.stdout.split())
+
+
+# --- the split ------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_trained_on_a_b_c_and_watched_on_d_has_not_seen_d(tmp_path):
+    """The layout's descriptions around made-up frames, through the reader, the store and one step of training."""
+    from vlm4vla_core.checkpoint import resolve
+    from vlm4vla_core.cli import main
+    from vlm4vla_core.folders import read_json
+
+    rng = np.random.default_rng(0)
+    for split, scenes in (("training", "ABC"), ("validation", "D")):
+        folder = tmp_path / "made-up" / split
+        folder.mkdir(parents=True)
+        for plan in layout.plans(len(scenes), ("open_drawer",), tuple(scenes), 0, 0):
+            for k in range(12):
+                np.savez(
+                    folder / f"episode_{plan.number * layout.GAP + k:07d}.npz",
+                    rgb_static=rng.integers(0, 256, (32, 32, 3), np.uint8), rel_actions=rng.uniform(-1, 1, 7),
+                    robot_obs=rng.uniform(-1, 1, 15),
+                )  # fmt: skip
+            told = {"task": plan.task, "scene": plan.scene, "words": f"open it in {plan.scene}", "frames": 12}
+            layout._marker(folder, plan).write_text(json.dumps(told))
+        layout._describe(folder, len(scenes))
+    store, run = tmp_path / "store", tmp_path / "run"
+    assert main(["convert", "calvin", str(tmp_path / "made-up"), "--out", str(store), "--cameras", "rgb_static"]) == 0
+    assert (
+        main(["train", "tiny", "--data", str(store), "--out", str(run), "--max-steps", "1", "--batch-size", "2"]) == 0
+    )
+    config = read_json(resolve(run) / "config.json")
+    found = json.dumps(config)
+    assert '"domains": ["A", "B", "C"]' in found
