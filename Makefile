@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 # Pins are exact, torch's aside where the system brings its own.
 CONSTRAINTS := $(if $(SYSTEM_TORCH),$(VENV)/constraints-without-torch.txt,constraints.txt)
 
-.PHONY: install report test lint clean venv-libero venv-simpler venv-calvin
+.PHONY: install report test lint clean venv-libero venv-simpler venv-calvin nano
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -86,6 +86,10 @@ report: $(STAMP)
 		--vlm-data $(WALK)/demos --vla-data $(WALK)/demos --out $(WALK)/divergence
 	$(VLM) correlate --json $(WALK)/correlate.json --plot $(WALK)/correlate.png
 	$(VLM) report all --out reports
+
+# The nano VLMs of data/nano from nothing: scenes, three stages each, tabletop-vqa@1, shipping; resumable.
+nano: $(STAMP)
+	$(BIN)/python data/nano/make.py --jobs 2
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations=10
