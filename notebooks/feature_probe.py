@@ -16,32 +16,38 @@
 # %% [markdown]
 # # What does the vision encoder know that control needs?
 #
-# A ridge regression reads the gripper's position out of frozen, pooled features of the vision encoder. It is fitted and
-# tuned on some episodes and tested once on others; R² counts from the mean predictor (0). Beside it stand the same
-# readout of the raw pixels, of labels that belong to other episodes, and of the features that training started from.
+# A readout (ridge, logistic regression or a small MLP) reads quantities that control needs out of frozen, pooled
+# features of the vision encoder. It is fitted and tuned on some episodes and tested once on others; R² counts from the
+# mean predictor (0), accuracy from the most frequent class. Beside it stand the same readout of the raw pixels, of
+# labels that belong to other episodes, a control task that can only be learnt by heart, and the features that training
+# started from.
 
 # %% tags=["parameters"]
 trained = "runs/walk/features-trained"
 start = "runs/walk/features-start"
 store = "runs/walk/demos"
-target = "gripper_xyz"
+targets = ["gripper_xyz", "next_action", "task_progress"]
+readout = "linear"
 resamples = 200
 seed = 0
 
 # %%
 from probes.report.params import FeatureProbeParams
 
-params = FeatureProbeParams(trained=trained, start=start, store=store, target=target, resamples=resamples, seed=seed)
+params = FeatureProbeParams(
+    trained=trained, start=start, store=store, targets=targets, readout=readout, resamples=resamples, seed=seed
+)
 
 # %%
-from probes.probe import probe
 from probes.report import pages
 from probes.report.views import feature_probe as view
 
 after, before, episodes = view.open_inputs(params)
-result = probe(after, episodes, params.target, against=before, seed=params.seed)
+results = view.probes(after, before, episodes, params)
+result = results[0]
 
 # %%
+from probes.figures_layers import layers_figure
 from probes.figures_probe import probe_figure, similarity_figure
 
 figure = probe_figure(result.to_frame())
@@ -50,6 +56,18 @@ pages.show(figure, alt=words)
 
 # %%
 pages.table(view.readout_table(result), caption="▸ marks the layer that did best on the selection episodes.")
+
+# %% [markdown]
+# ## Layer by layer
+#
+# Every target over the layers. Circles mark the layers that did best on the selection episodes. Selectivity: score
+# minus that of the control task. Detectable: the smallest gain that so many episodes show with 80 % power.
+
+# %%
+pages.show(layers_figure(view.frame(results)), alt=view.layers_words(results))
+
+# %%
+pages.table(view.target_table(results))
 
 # %% [markdown]
 # ## Compared on the same episodes
@@ -78,7 +96,7 @@ pages.finish(
     params,
     answer=view.answer(result),
     badges=view.badges(after, before, episodes),
-    numbers=view.numbers(result, alike),
+    numbers=view.numbers(results, alike),
     figure=figure,
     alt=words,
 )

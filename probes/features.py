@@ -226,8 +226,10 @@ def extract(
 
     try:
         with torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
+            first_piece = None  # of a fresh start: the first batch tells how many rows a shard takes
             if not (work / PLAN).is_file():
-                size = sum(value[0].nbytes for value in see(rows[:1], pictures(rows[:1])).values())
+                first_piece = see(rows[:batch_size], pictures(rows[:batch_size]))
+                size = sum(value[0].nbytes for value in first_piece.values())
                 batches = max(1, SHARD_BYTES // (size * batch_size))
                 folders.write_json(work / PLAN, {"rows": min(len(rows), batches * batch_size), "batch": batch_size})
             plan = folders.read_json(work / PLAN)
@@ -244,7 +246,8 @@ def extract(
                     batch = coming.result()
                     if after is not None:
                         coming = ahead.submit(pictures, after)  # decoded while the model looks at this one
-                    pieces.append(see(part, batch))
+                    pieces.append(first_piece or see(part, batch))
+                    first_piece = None
                     if progress:
                         progress(len(part))
                 _write_shard(file, {name: np.concatenate([piece[name] for piece in pieces]) for name in names})

@@ -65,9 +65,9 @@ def _panel(axis: Axes, rows: pd.DataFrame) -> None:
         best = int(mine["selected"].to_numpy(float).argmax())
         axis.plot(x[best], value[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, linewidth=0)
     flat = {kind: rows[rows["kind"] == kind] for kind in ("pixels", "shuffled", "control", "mean")}
-    for kind, style, label in (("pixels", "--", "pixels"), ("control", "-.", "control task")):
+    for kind, style, colour, label in (("pixels", "--", PALETTE[4], "pixels"), ("control", "-.", INK, "control task")):
         if len(flat[kind]):
-            axis.axhline(float(flat[kind]["r2"].iloc[0]), color=PALETTE[4], linestyle=style, linewidth=1.1, label=label)
+            axis.axhline(float(flat[kind]["r2"].iloc[0]), color=colour, linestyle=style, linewidth=1.0, label=label)
     if len(flat["shuffled"]):
         low, high = (float(flat["shuffled"][name].iloc[0]) for name in ("low", "high"))
         axis.axhspan(low, high, color=MUTED, alpha=0.25, linewidth=0, label="labels of other episodes")

@@ -224,8 +224,49 @@ class FeatureProbeParams(NotebookParams):
     store: Annotated[
         Path, Input("episodes", made_by="vlm4vla record"), Field(description="the episode store of these features")
     ]
-    target: Annotated[Literal["gripper_xyz", "gripper_xy"], Field(description="what is read out of the features")]
+    targets: Annotated[
+        list[str],
+        Field(min_length=1, description="what is read out of the features, the headline's first (see `vlm4vla probe`)"),
+    ]
+    readout: Annotated[Literal["linear", "mlp"], Field(description="kind of readout: linear or mlp")]
     resamples: Annotated[int, Field(ge=0, description="bootstrap draws for the similarity's intervals, 0 for none")]
+    seed: Seed
+
+
+class RepresentationSimilarityParams(NotebookParams):
+    """Parameters of `representation_similarity`."""
+
+    notebook: ClassVar[str] = "representation_similarity"
+    a: Annotated[
+        Path, Input("features", made_by="vlm4vla features"), Field(description="features of the checkpoint in question")
+    ]
+    b: Annotated[
+        Path, Input("features", made_by="vlm4vla features"), Field(description="features of what it is compared with")
+    ]
+    layers: Annotated[list[str], Field(description="layers to compare, such as vision.0; empty: all there are")]
+    neighbours: Annotated[int, Field(ge=1, le=100, description="nearest frames that are compared, 1 to 100")]
+    resamples: Annotated[int, Field(ge=0, description="bootstrap draws for the intervals, 0 for none")]
+    seed: Seed
+
+
+class AttributionParams(NotebookParams):
+    """Parameters of `attribution`."""
+
+    notebook: ClassVar[str] = "attribution"
+    checkpoint: Annotated[
+        Path, Input(made_by="vlm4vla train"), Field(description="checkpoint or run folder of the policy in question")
+    ]
+    reference: Annotated[
+        Path, Input(made_by="vlm4vla train"), Field(description="checkpoint of the same policy to compare with")
+    ]
+    store: Annotated[Path, Input("episodes", made_by="vlm4vla record"), Field(description="an episode store")]
+    episode: Annotated[int, Field(ge=0, description="number of the episode, from 0")]
+    frames: Annotated[int, Field(ge=1, le=16, description="frames of the episode, evenly spread, 1 to 16")]
+    target: Annotated[str, Field(description="an action dimension, such as x, or gripper")]
+    method: Annotated[
+        Literal["ig", "ig-pixels", "gradxact", "occlusion", "ablation"], Field(description="how places are scored")
+    ]
+    orders: Annotated[int, Field(ge=1, description="random orders beside the deletion and insertion curves")]
     seed: Seed
 
 

@@ -15,7 +15,10 @@ from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
 INDEX = "index.html"
-ORDER = ("benchmark_results", "capability_vs_performance", "benchmark_power", "feature_probe", "training_divergence")
+ORDER = (
+    "benchmark_results", "capability_vs_performance", "benchmark_power", "feature_probe", "representation_similarity",
+    "attribution", "training_divergence",
+)  # fmt: skip
 
 
 def build_index(out: Path | str) -> Path:

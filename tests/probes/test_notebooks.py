@@ -248,7 +248,7 @@ def test_feature_probe(tmp_path, monkeypatch):
     start = write_features(tmp_path / "start", store, rng.normal(size=(len(store), 8)), "vla step 0", **origin)
     results = play(
         "feature_probe", tmp_path / "out", monkeypatch, trained=str(trained), start=str(start),
-        store=str(tmp_path / "store"), resamples=20,
+        store=str(tmp_path / "store"), resamples=20, targets=["gripper_xyz"],
     )  # fmt: skip
     readouts = {(row["kind"], row["name"]): row["r2"] for row in results["numbers"]["readouts"]}
     assert readouts["features", "vla step 9"] > 0.99

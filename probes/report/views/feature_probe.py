@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from probes.similarity import CkaMatrix
     from vlm4vla_core.episodes.store import EpisodeStore
 
-TARGETS = {"gripper_xyz": "the gripper's position", "gripper_xy": "the gripper's place over the table"}
+WORDS = {
+    "gripper_xyz": "the gripper's position", "gripper_xy": "the gripper's place over the table",
+    "object_xy": "the place of the object in question", "next_action": "the next action",
+    "task_progress": "the progress of the task", "grasp": "whether the hand holds something",
+}  # fmt: skip
 
 
 def open_inputs(params: FeatureProbeParams) -> tuple[Features, Features, EpisodeStore]:
@@ -26,6 +30,51 @@ def open_inputs(params: FeatureProbeParams) -> tuple[Features, Features, Episode
     from vlm4vla_core.episodes.store import EpisodeStore
 
     return Features.open(params.trained), Features.open(params.start), EpisodeStore.open(params.store)
+
+
+def probes(trained: Features, start: Features, store: EpisodeStore, params: FeatureProbeParams) -> list[Probe]:
+    """One probe for each target, the headline's first."""
+    from probes.probe import probe
+
+    return [
+        probe(trained, store, target, kind=params.readout, against=[start], seed=params.seed)
+        for target in params.targets
+    ]
+
+
+def frame(results: list[Probe]) -> pd.DataFrame:
+    """Every readout of every target, as `figures_layers` draws them."""
+    import pandas as pd
+
+    return pd.concat([result.to_frame() for result in results], ignore_index=True)
+
+
+def target_table(results: list[Probe]) -> pd.DataFrame:
+    """Per target: the chosen layer's score and selectivity, the pixels', and the gain over the start."""
+    import pandas as pd
+
+    rows = []
+    for result in results:
+        chosen, floor = result.readouts[result.layer], result.nothing.mean
+        row: dict[str, Any] = {
+            "target": result.target, "layer ▸": result.layer, "counted in": result.score,
+            "score": plain(chosen.mean, 3),
+            "nothing to see": plain(floor, 3), "pixels": plain(result.pixels.mean, 3),
+            "selectivity": None if chosen.selectivity is None else signed(chosen.selectivity, 3),
+        }  # fmt: skip
+        for label in result.against:
+            gain = result.differences[f"{result.label} - {label}, {result.layer}"]
+            ends = gain.interval
+            row[f"gain over {label}"] = None if ends is None else span(ends.low, ends.high, 3)
+            row["detectable"] = None if gain.detectable is None else plain(gain.detectable, 3)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def layers_words(results: list[Probe]) -> str:
+    """What the figure of all targets shows, for readers who do not see it."""
+    parts = [f"{result.target} best in {result.layer} ({result.readouts[result.layer].mean:.2f})" for result in results]
+    return f"Scores of a readout over the layers, one panel per target: {'; '.join(parts)}."
 
 
 def similarity(trained: Features, start: Features, *, resamples: int, seed: int) -> CkaMatrix:
@@ -43,10 +92,11 @@ def answer(result: Probe) -> str:
     readout = result.readouts[result.layer]
     interval = "" if readout.interval is None else f" (95 % {' to '.join(map(plain, readout.interval))})"
     text = (
-        f"From layer {result.layer} of {result.label}, {result.pool}-pooled, a linear readout finds "
-        f"{TARGETS[result.target]} in held-out episodes with R² {plain(readout.mean)}{interval}, "
-        f"{readout.error_mm:.0f} mm off on average"
+        f"From layer {result.layer} of {result.label}, {result.pool}-pooled, {_article(result.kind)} readout finds "
+        f"{WORDS.get(result.target, result.target)} in held-out episodes with {result.score} "
+        f"{plain(readout.mean)}{interval}"
     )
+    text += "" if readout.error_mm != readout.error_mm else f", {readout.error_mm:.0f} mm off on average"
     parts = [
         _compared(
             f"raw pixels at {_pixels()} × {_pixels()}", result.differences[f"{result.label} - pixels, {result.layer}"]
@@ -56,6 +106,10 @@ def answer(result: Probe) -> str:
         key = f"{result.label} - {label}, {result.layer}"
         parts.append(_compared(f"{label} at the same layer", result.differences[key]))
     return f"{text}: {' and '.join(parts)}."
+
+
+def _article(kind: str) -> str:
+    return {"linear": "a linear", "mlp": "an MLP"}[kind]
 
 
 def _pixels() -> int:
@@ -109,7 +163,8 @@ def figure_words(result: Probe) -> str:
         f"{row['name']} {row['layer']} {row['r2']:.2f}".replace("  ", " ")
         for row in result.to_frame().to_dict("records")
     ]
-    return f"R² of a linear readout of {TARGETS[result.target]}: {'; '.join(parts)}."
+    what = WORDS.get(result.target, result.target)
+    return f"{result.score} of {_article(result.kind)} readout of {what}: {'; '.join(parts)}."
 
 
 def similarity_words(result: CkaMatrix) -> str:
@@ -140,14 +195,14 @@ def badges(trained: Features, start: Features, store: EpisodeStore) -> list[str]
     return ["measured", *data_badges(store.manifest["source"]), *model_badges(trained.manifest, start.manifest)]
 
 
-def numbers(result: Probe, alike: CkaMatrix) -> dict[str, Any]:
+def numbers(results: list[Probe], alike: CkaMatrix) -> dict[str, Any]:
     """What the page rests on, as JSON values."""
     from probes.jsonable import jsonable
 
     differences = [
-        {"name": name, "value": value, "interval": interval}
-        for name, (value, interval, _) in result.differences.items()
-    ]
-    tables = {"readouts": result.to_frame(), "similarity": alike.to_frame()}
-    return dict(jsonable({"layer": result.layer, "target": result.target, "differences": differences,
-                             **{name: frame.to_dict("records") for name, frame in tables.items()}}))  # fmt: skip
+        {"target": result.target, **row}
+        for result in results for row in result.differences_frame().to_dict("records")
+    ]  # fmt: skip
+    tables = {"readouts": frame(results), "similarity": alike.to_frame()}
+    return dict(jsonable({"layer": results[0].layer, "target": results[0].target, "differences": differences,
+                             **{name: table.to_dict("records") for name, table in tables.items()}}))  # fmt: skip
