@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm4vla_core import folders
-from vlm4vla_core.errors import InputError
 
 BENCHMARK, TASK, EPISODES = "simpler-bridge-ms3@1", "widowx_carrot_on_plate", 24
 DEMOS = f"record {BENCHMARK} --tasks {TASK} --episodes 60 --noise 0.15 --out {{work}}/demos --json {{work}}/demos.json"
 TRAINED = "train {model} --data {work}/demos --out {work}/vla"
 ROLLED = f"evaluate {{policy}} --benchmark {BENCHMARK} --episodes {EPISODES} --out {{work}}/{{name}}"
-ROLLED += " --json {work}/{name}.json"
 LEARNED = {"vla": "{work}/vla", "mean-action": "mean-action --data {work}/demos"}
 
 
@@ -41,11 +39,22 @@ def commands(work: Path, model: str, blind: tuple[str, ...]) -> dict[str, str]:
     return issued
 
 
-def told(path: Path) -> dict[str, Any]:
-    """The numbers of one evaluation."""
-    found = folders.read_json(path)
-    keep = ("rate", "interval", "episodes", "successes", "coverage", "tasks", "partial")
-    return {key: found[key] for key in keep if key in found}
+def told(rows: Path) -> list[dict[str, Any]]:
+    """Per task: successes by the protocol's rule (the last step) with Wilson's interval, at any step, ever grasped."""
+    import pandas as pd
+
+    from vlm4vla_core.evaluation import bounded_mean
+    from vlm4vla_core.results import success_table
+
+    table = pd.read_parquet(rows)
+    found = success_table(table, ["task"]).to_dict("records")
+    for one in found:
+        mine = table[table["task"] == one["task"]]
+        grasped = mine["partial"].astype(float)
+        one |= {"success_ever": int(mine["success_ever"].sum()), "grasped": float(grasped.mean())}
+        one["grasped_interval"] = bounded_mean(grasped.to_numpy(), 1.0)
+        one["note"] = sorted(set(mine["note"]))
+    return found
 
 
 def main() -> None:
@@ -62,32 +71,28 @@ def main() -> None:
         print("vlm4vla", command, flush=True)
         if not args.collect:
             subprocess.run([sys.executable, "-m", "vlm4vla_core.cli", *shlex.split(command)], check=True)
-        if "--json" not in command or name == "demos":
-            continue
-        try:
-            results[name] = told(Path(command.split("--json ")[1].split()[0]))
-        except InputError as error:
-            results[name] = {"not run": str(error)}
+        if command.startswith("evaluate"):
+            rows = Path(command.split("--out ")[1].split()[0]) / "rows.parquet"
+            results[name] = told(rows) if rows.exists() else "not run"
     from vlm4vla_core.sims import benchmark
 
-    bench = benchmark(BENCHMARK)
+    bench, demos = benchmark(BENCHMARK), args.work / "demos.json"
+    protocol = bench.describe()
     found = {
-        "benchmark": bench.describe(),
-        "label": "stand-in assets; a port, not the published benchmark; demonstrations are scripted",
+        "benchmark": protocol,
+        "label": ("stand-in assets; " if protocol["stand_in_assets"] else "")
+        + "ManiSkill 3's port, not the published benchmark; scripted demonstrations",
         "results": results,
-        "demonstrations": folders.read_json(args.work / "demos.json")["counts"],
-        "commands": [f"vlm4vla {command}" for command in issued.values()],
+        "demonstrations": folders.read_json(demos)["counts"] if demos.exists() else "not recorded",
+        "commands": [f"vlm4vla {command}".replace(str(args.work), "WORK") for command in issued.values()],
         "made_by": folders.provenance(),
     }
     folders.write_json(args.out, found)
-    for name, one in results.items():
-        if "not run" in one:
-            print(f"{name:18} not run")
-            continue
-        for row in one["tasks"]:
+    for name, table in results.items():
+        for row in table if isinstance(table, list) else []:
             print(
                 f"{name:18} {row['task']:30} {row['successes']:3d} of {row['episodes']:3d}  "
-                f"[{row['low']:.3f}, {row['high']:.3f}]  grasped {row.get('partial', float('nan')):.2f}"
+                f"[{row['low']:.3f}, {row['high']:.3f}]  ever {row['success_ever']:3d}  grasped {row['grasped']:.2f}"
             )
 
 
