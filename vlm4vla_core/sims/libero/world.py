@@ -6,6 +6,8 @@ driven directly here. And `reset` loads the model anew: a soft reset leaves diff
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import tempfile
@@ -46,15 +48,18 @@ class Libero:
         os.environ["MUJOCO_GL"] = renderer() or os.environ.get("MUJOCO_GL", "")
         self._directory = tempfile.TemporaryDirectory()
         assets.configure(Path(self._directory.name))
-        import libero.libero as package
-        from libero.libero import benchmark as suites
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            # Both print advice about files that nobody needs, and the order of the tasks.
+            import libero.libero as package
+            import robosuite  # noqa: F401
+            from libero.libero import benchmark as suites
 
+            self._suite = suites.get_benchmark_dict()[benchmark.suite]()
         folder = assets.folder()
         assert folder is not None
         self.assets = folder
         self.note = "stand-in assets" if assets.stand_ins(folder) else ""
         package._assets_path_cache = str(folder)
-        self._suite = suites.get_benchmark_dict()[benchmark.suite]()
         self._task = ""
         self._env: Any = None
         self._context: Any = None
@@ -198,16 +203,16 @@ class Libero:
         try:
             return problem(path, **settings)
         except (OSError, ValueError) as error:  # the second is MuJoCo's of a file that is not there
-            if gone := self._absent(problem, path, settings) or re.findall(
-                r"'([^']+\.(?:xml|msh|stl|png|obj))'", f"{error}"
-            ):
+            gone = self._absent(problem, path, settings)
+            gone |= set(re.findall(r"'([^']+\.(?:xml|msh|stl|png|obj))'", str(error)))
+            if gone:
                 what = f"{len(gone)} asset files of task {number} of {self.benchmark.suite} are missing"
-                names = ", ".join(sorted({name.removeprefix(f"{self.assets}/") for name in gone}))
+                names = ", ".join(sorted(name.removeprefix(f"{self.assets}/") for name in gone))
                 raise InputError(f"{what}: {names}", where=self.assets, fix=assets.ADVICE) from None
             raise
 
     @staticmethod
-    def _absent(problem: Any, path: str, settings: dict[str, Any]) -> list[str]:
+    def _absent(problem: Any, path: str, settings: dict[str, Any]) -> set[str]:
         """Files that the composed model names and that are not there."""
         from robosuite.environments.base import MujocoEnv
 
@@ -224,7 +229,7 @@ class Libero:
             pass
         finally:
             MujocoEnv._initialize_sim = original
-        return [name for name in found if not Path(name).is_file()]
+        return {name for name in found if not Path(name).is_file()}
 
     def close(self) -> None:
         self._context = None

@@ -1,0 +1,168 @@
+"""The worker pool beside simulators stepped alone, and policy batching.
+
+Steps per second of N workers with a tiny policy in this process, over those of the same simulator stepped by as many
+processes that ask nobody (goal: at least 85 %); and pictures per second of one prediction of 8 pictures over 8
+predictions of one (goal: at least 3x with the nano VLA on a CPU).
+
+Run:  OMP_NUM_THREADS=1 python benchmarks/evaluation.py [--benchmark libero-spatial@1] [--task 0] [--workers 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm4vla_core import folders
+from vlm4vla_core.actors import PolicyActor
+from vlm4vla_core.sims import benchmark, pool
+
+EXECUTE, GOAL_POOL, GOAL_BATCH = 4, 0.85, 3.0
+ALONE = """
+import sys, time, numpy as np
+from vlm4vla_core.actors import Driver
+from vlm4vla_core.sims import benchmark
+from vlm4vla_core.sims.worker import Order, play
+name, task, execute, camera, options, *episodes = sys.argv[1:]
+bench = benchmark(name)
+sim = bench.make(bench.chosen(tuple(options.split())))
+chunk = np.zeros((int(execute), bench.convention.size)); chunk[:, -1] = bench.convention.gripper_open
+driver = Driver(bench.convention, int(execute), "none", camera)
+for number, episode in enumerate(episodes):
+    wall, cpu = time.perf_counter(), time.process_time()
+    steps = play(sim, Order(task, int(episode), 0), driver, lambda picture, words: chunk)["steps"]
+    print("RATE", number, steps, time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+"""
+
+
+def policy(bench: Any, size: int) -> Any:
+    """A nano VLA as it is drawn, in the benchmark's convention."""
+    import torch
+
+    from vlm4vla_core.nano import nano
+    from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+
+    torch.set_num_threads(1)
+    span = tuple(bench.action_limit)
+    config = PolicyConfig(EXECUTE, bench.convention, tuple(-one for one in span), span, camera=bench.cameras[0])
+    return VLAPolicy(nano(image_size=size), config)
+
+
+class Still:
+    """A policy that costs nothing and moves nothing: what is left is the pool's own cost."""
+
+    def __init__(self, bench: Any) -> None:
+        from types import SimpleNamespace
+
+        self.config, self._bench = SimpleNamespace(camera=bench.cameras[0]), bench
+
+    def predict(self, images: np.ndarray, words: Any) -> Any:
+        from types import SimpleNamespace
+
+        actions = np.zeros((len(images), EXECUTE, self._bench.convention.size))
+        actions[..., -1] = self._bench.convention.gripper_open
+        return SimpleNamespace(actions=actions)
+
+
+def alone(bench: Any, task: str, workers: int, episodes: int, options: str) -> tuple[float, float]:
+    """Aggregate steps per second of so many processes that ask nobody, and their CPU seconds per step; the first
+    episode of each, which loads and compiles, is left out."""
+    command = [pool.interpreter(bench), "-c", ALONE, bench.protocol, task, str(EXECUTE), bench.cameras[0], options]
+    numbers = [[str(worker + workers * k) for k in range(episodes)] for worker in range(workers)]
+    running = [
+        subprocess.Popen([*command, *own], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for own in numbers
+    ]
+    rate, cpu, steps = 0.0, 0.0, 0
+    for process in running:
+        lines = [line.split() for line in process.communicate()[0].splitlines() if line.startswith("RATE")]
+        found = [[float(value) for value in words[2:]] for words in lines if words[1] != "0"]
+        rate += sum(one[0] for one in found) / sum(one[1] for one in found)
+        cpu, steps = cpu + sum(one[2] for one in found), steps + int(sum(one[0] for one in found))
+    return rate, cpu / steps
+
+
+def pooled(bench: Any, task: str, workers: int, episodes: int, options: str, model: Any) -> tuple[float, float, int]:
+    """Aggregate steps per second of the pool, this process's CPU seconds per step, and steps; again without each
+    worker's first episode."""
+    actor = PolicyActor(model, EXECUTE, {"model": "benchmark"})
+    cells = [(task, number) for number in range(workers * episodes)]
+    chosen = bench.chosen(tuple(options.split()))
+    cpu = time.process_time()
+    rows = list(pool.rollout(bench, actor, cells, workers=workers, options=chosen, timeout=3600))
+    steps = sum(row["steps"] for row in rows)
+    warm = sorted(rows, key=lambda row: row["wall_s"])[: len(rows) - workers]  # the slowest are the first ones
+    rate = workers * sum(row["steps"] for row in warm) / sum(row["wall_s"] for row in warm)
+    return rate, (time.process_time() - cpu) / steps, steps
+
+
+def batching(bench: Any, size: int, pictures: int = 8, repeats: int = 20) -> dict[str, float]:
+    """CPU seconds per picture, one by one and together, of the nano VLA."""
+    model, words = policy(bench, size), ["pick up the black bowl and place it on the plate"] * pictures
+    shown = np.random.default_rng(0).integers(0, 255, (pictures, size, size, 3)).astype(np.uint8)
+    model.predict(shown, words)
+    singles, batches = [], []
+    for _ in range(repeats):
+        began = time.process_time()
+        for i in range(pictures):
+            model.predict(shown[i : i + 1], words[i : i + 1])
+        middle = time.process_time()
+        model.predict(shown, words)
+        singles.append((middle - began) / pictures)
+        batches.append((time.process_time() - middle) / pictures)
+    one, many = float(np.median(singles)), float(np.median(batches))
+    return {"one_ms": 1000 * one, "of_8_ms": 1000 * many, "ratio": one / many}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--benchmark", default="tabletop-tasks@1")
+    parser.add_argument("--task", default="pick")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--episodes", type=int, default=3)
+    parser.add_argument("--options", default="")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    bench = benchmark(args.benchmark)
+    rounds: dict[str, list[Any]] = {"alone": [], "still": [], "nano": []}
+    shared = (bench, args.task, args.workers, args.episodes, args.options)
+    for _ in range(args.rounds):
+        rounds["alone"].append(alone(*shared))
+        rounds["still"].append(pooled(*shared, Still(bench))[:2])
+        rounds["nano"].append(pooled(*shared, policy(bench, 112))[:2])
+    found: dict[str, Any] = {"batching_nano_cpu": batching(bench, 112)}
+    own = float(np.median([rate for rate, _ in rounds["alone"]]))
+    print(
+        f"{args.benchmark}, task {args.task}, {args.workers} workers, {EXECUTE} actions a look, load {os.getloadavg()}"
+    )
+    print(f"{'':<22}{'steps/s':>10}{'of its own':>12}{'CPU ms a step':>15}")
+    for name, values in rounds.items():
+        rate, cpu = (float(np.median([value[i] for value in values])) for i in (0, 1))
+        found[name] = {"steps_per_s": rate, "of_its_own": rate / own, "cpu_ms_per_step": 1000 * cpu}
+        print(f"{name:<22}{rate:10.1f}{rate / own:12.2f}{1000 * cpu:15.2f}")
+    # On a loaded machine the clock measures the neighbours; CPU time says what the pool's process takes of the cores.
+    share = found["alone"]["cpu_ms_per_step"] / (found["alone"]["cpu_ms_per_step"] + found["still"]["cpu_ms_per_step"])
+    found["share_of_cpu_left_to_simulators"] = share
+    batch = found["batching_nano_cpu"]
+    print(f"CPU left to the simulators beside the pool's own process: {share:.1%} (goal {GOAL_POOL:.0%})")
+    print(f"nano VLA: {batch['one_ms']:.1f} ms a picture alone, {batch['of_8_ms']:.1f} ms of 8 together: "
+          f"{batch['ratio']:.2f}x (goal {GOAL_BATCH:g}x)")  # fmt: skip
+    if args.out:
+        told = {
+            "command": "OMP_NUM_THREADS=1 " + " ".join(["python", *sys.argv]), "benchmark": args.benchmark,
+            "task": args.task, "workers": args.workers, "episodes_per_worker": args.episodes, "options": args.options,
+            "execute": EXECUTE, "goals": {"of_its_own": GOAL_POOL, "batching": GOAL_BATCH},
+            "load_average": os.getloadavg(), **found, "made_by": folders.provenance(),
+        }  # fmt: skip
+        folders.write_json(args.out, told)
+
+
+if __name__ == "__main__":
+    main()
