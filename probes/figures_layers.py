@@ -89,7 +89,7 @@ def maps_sheet(result: Probe, store: EpisodeStore) -> Figure:
     rows, true, told = result.maps
     _, first = np.unique(store.episode_of[rows], return_index=True)
     picked = np.sort(first)[:SHOWN]
-    fig, axes = new_figure(3, len(picked), width=TWO_COLUMN, height=3 * TWO_COLUMN / SHOWN + 0.7)
+    fig, axes = new_figure(3, len(picked), width=TWO_COLUMN, height=5.4)
     frames = store.images(result.camera, rows[picked])
     classes = bool(result.readouts[result.layer].classes)
     low, high = float(true[picked].min()), float(true[picked].max())
