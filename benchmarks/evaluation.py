@@ -42,7 +42,7 @@ for number, episode in enumerate(episodes):
 
 
 def policy(bench: Any, size: int) -> Any:
-    """A nano VLA as it is drawn, in the benchmark's convention."""
+    """The nano preset's VLA with weights as they are drawn, in the benchmark's convention."""
     import torch
 
     from vlm4vla_core.nano import nano
@@ -50,7 +50,8 @@ def policy(bench: Any, size: int) -> Any:
 
     torch.set_num_threads(1)
     span = tuple(bench.action_limit)
-    config = PolicyConfig(EXECUTE, bench.convention, tuple(-one for one in span), span, camera=bench.cameras[0])
+    bounds = {"q01": tuple(-one for one in span), "q99": span}
+    config = PolicyConfig(EXECUTE, bench.convention, camera=bench.cameras[0], head="mlp", width=256, **bounds)
     return VLAPolicy(nano(image_size=size), config)
 
 
