@@ -260,6 +260,10 @@ def benchmark(protocol: str) -> Any:
     if protocol in PROTOCOLS:
         return PROTOCOLS[protocol]
     others = simulators()
+    if protocol == "simpler-bridge@1":
+        from vlm4vla_core.sims.simpler import ORIGINAL
+
+        raise InputError("simpler-bridge@1 is not run here", fix=ORIGINAL)
     if protocol not in others:
         known = (*PROTOCOLS, "tabletop-vqa@1", *others)
         raise InputError(f"unknown benchmark '{protocol}'", fix=nearest(protocol, known))
