@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=3)
     parser.add_argument("--options", default="")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only-still", action="store_true", help="leave the nano VLA out: the pool's own cost alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bench = benchmark(args.benchmark)
@@ -137,24 +138,26 @@ def main() -> None:
     for _ in range(args.rounds):
         rounds["alone"].append(alone(*shared))
         rounds["still"].append(pooled(*shared, Still(bench))[:2])
-        rounds["nano"].append(pooled(*shared, policy(bench, 112))[:2])
-    found: dict[str, Any] = {"batching_nano_cpu": batching(bench, 112)}
+        if not args.only_still:
+            rounds["nano"].append(pooled(*shared, policy(bench, 112))[:2])
+    found: dict[str, Any] = {}
     own = float(np.median([rate for rate, _ in rounds["alone"]]))
     print(
         f"{args.benchmark}, task {args.task}, {args.workers} workers, {EXECUTE} actions a look, load {os.getloadavg()}"
     )
     print(f"{'':<22}{'steps/s':>10}{'of its own':>12}{'CPU ms a step':>15}")
-    for name, values in rounds.items():
+    for name, values in ((name, values) for name, values in rounds.items() if values):
         rate, cpu = (float(np.median([value[i] for value in values])) for i in (0, 1))
         found[name] = {"steps_per_s": rate, "of_its_own": rate / own, "cpu_ms_per_step": 1000 * cpu}
         print(f"{name:<22}{rate:10.1f}{rate / own:12.2f}{1000 * cpu:15.2f}")
     # On a loaded machine the clock measures the neighbours; CPU time says what the pool's process takes of the cores.
     share = found["alone"]["cpu_ms_per_step"] / (found["alone"]["cpu_ms_per_step"] + found["still"]["cpu_ms_per_step"])
     found["share_of_cpu_left_to_simulators"] = share
-    batch = found["batching_nano_cpu"]
     print(f"CPU left to the simulators beside the pool's own process: {share:.1%} (goal {GOAL_POOL:.0%})")
-    print(f"nano VLA: {batch['one_ms']:.1f} ms a picture alone, {batch['of_8_ms']:.1f} ms of 8 together: "
-          f"{batch['ratio']:.2f}x (goal {GOAL_BATCH:g}x)")  # fmt: skip
+    if not args.only_still:
+        batch = found["batching_nano_cpu"] = batching(bench, 112)
+        print(f"nano VLA: {batch['one_ms']:.1f} ms a picture alone, {batch['of_8_ms']:.1f} ms of 8 together: "
+              f"{batch['ratio']:.2f}x (goal {GOAL_BATCH:g}x)")  # fmt: skip
     if args.out:
         told = {
             "command": "OMP_NUM_THREADS=1 " + " ".join(["python", *sys.argv]), "benchmark": args.benchmark,
