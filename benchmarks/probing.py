@@ -158,19 +158,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
-    tables = {
-        f"similarity of {args.layers} x {args.layers} layers, n = {args.images}, d = {args.width}": similarity(
-            args.layers, args.images, args.width
+    sizes = (args.layers, args.images, args.width)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        f"similarity of {args.layers} x {args.layers} layers, n = {args.images}, d = {args.width}": lambda: similarity(
+            *sizes
         ),
-        f"linear grid, {args.layers} layers x 10 strengths, {args.samples} samples, d = {args.width}": grid(
+        f"linear grid, {args.layers} layers x 10 strengths, {args.samples} samples, d = {args.width}": lambda: grid(
             args.layers, args.samples, args.width
         ),
-        "feature extraction, 6 blocks of width 384 at 224 px, one thread": throughput(args.pictures, args.repeats),
+        "feature extraction, 6 blocks of width 384 at 224 px, one thread": lambda: throughput(
+            args.pictures, args.repeats
+        ),
     }
-    for title, rows in tables.items():
+    tables = {}
+    for title, measure in parts.items():
+        tables[title] = measure()
         print(title)
-        for row in rows:
-            print("  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+        for row in tables[title]:
+            print(
+                "  " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True
+            )
     command = "python benchmarks/probing.py " + " ".join(
         f"--{k} {getattr(args, k)}" for k in ("layers", "images", "width", "samples", "pictures", "repeats")
     )
