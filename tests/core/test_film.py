@@ -62,3 +62,15 @@ def test_bad_films_are_refused(tmp_path: Path) -> None:
         write_video(tmp_path / "a.avi", [np.zeros((8, 8, 3), np.uint8)], 5)
     with pytest.raises(InputError, match="no frames"):
         write_video(tmp_path / "a.gif", [], 5)
+
+
+def test_an_action_fits_under_a_narrow_picture() -> None:
+    from vlm4vla_core.film import numbers
+
+    text = numbers(np.array([0.5, -0.25, 0.012, 0, 0.1, -1, 1]))
+    assert text == "+0.50 -0.25 +0.012 +0.000 +0.10 -1.00 +1.00"
+    plain = captioned(np.full((112, 112, 3), 128, np.uint8), "look")
+    below = captioned(np.full((112, 112, 3), 128, np.uint8), "look", outcome=text)
+    band = (below != plain).any(2)
+    assert band[-22:].any() and not band[:-24].any()
+    assert (below[-20:-2].min(2) > 200).any() and not (below[-20:-2, -4:].min(2) > 200).any()  # no letter at the edge
