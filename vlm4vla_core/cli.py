@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from vlm4vla_core.errors import InputError, nearest
 
@@ -105,7 +106,7 @@ def _check_outputs(args: object) -> None:
     """Refuse impossible output paths before the work, not after it."""
     for name in ("json", "sheet", "plot", "html", "video"):
         path = getattr(args, name, None)
-        if hasattr(path, "is_dir") and path.is_dir():  # `evaluate --video` may be a number
+        if isinstance(path, Path) and path.is_dir():  # `evaluate --video` may be a number
             raise InputError(f"--{name} names a folder, not a file", where=path)
     out = getattr(args, "out", None)
     if out is not None and out.is_file():

@@ -40,7 +40,7 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.O
     """AdamW; decay only on matrices (not on query, norms, biases or word embeddings). "rate": a group's own, if any."""
     import torch
 
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     seeing = {name for name, group in backbone.groups().items() if group.split(".")[0] in ("vision", "projector")}
     own = {"query": config.query_lr, "head": config.head_lr, "vision": config.vision_lr, "": None}
     groups: dict[tuple[str, bool], list[Any]] = {}

@@ -29,11 +29,12 @@ def shard(losses: torch.nn.Module, backbone: Backbone, device: torch.device, wor
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    precision: dict[str, Any] = {"mp_policy": half} if bf16 else {}
     for name in (backbone.spec.blocks, backbone.spec.layers):
         for layer in backbone.base.get_submodule(name):
             _gather_outside(layer)
-            fully_shard(layer, mesh=mesh, **({"mp_policy": policy} if bf16 else {}))
+            fully_shard(layer, mesh=mesh, **precision)
     losses.within = lambda call: call()  # type: ignore[assignment]
     fully_shard(losses, mesh=mesh)
     register_fsdp_forward_method(losses, "within")
