@@ -17,7 +17,7 @@ from pathlib import Path
 from vlm4vla_core.errors import InputError, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
-    "record": ("vlm4vla_core.verbs.record", "record scripted demonstrations in a built-in world into an episode store"),
+    "record": ("vlm4vla_core.verbs.record", "record scripted demonstrations in a simulator into an episode store"),
     "convert": ("vlm4vla_core.verbs.convert", "convert RLDS, CALVIN, LIBERO or LeRobot data into an episode store"),
     "inspect": (
         "vlm4vla_core.verbs.inspect",
@@ -26,9 +26,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("vlm4vla_core.verbs.train", "turn a VLM into a VLA (or train it on questions) from an episode store"),
     "evaluate": ("vlm4vla_core.verbs.evaluate", "roll a policy out in a benchmark, one row per episode"),
     "serve": ("vlm4vla_core.verbs.serve", "answer simulators that live elsewhere: a policy behind a websocket"),
-    "features": ("probes.verbs.features", "extract vision-encoder features of a checkpoint"),
-    "probe": ("probes.verbs.probe", "fit a linear readout on features, beside its baselines"),
-    "similarity": ("probes.verbs.similarity", "compare two sets of features by centred kernel alignment"),
+    "features": ("probes.verbs.features", "extract features of a checkpoint at any layer"),
+    "probe": ("probes.verbs.probe", "what can be read out of features, beside its baselines and controls"),
+    "similarity": (
+        "probes.verbs.similarity",
+        "compare two checkpoints layer by layer: kernel alignment, neighbours, rotation",
+    ),
     "attribute": ("probes.verbs.attribute", "show which parts of the frames move one number of a policy's answer"),
     "pictures": ("probes.verbs.pictures", "PCA maps, nearest neighbours and readouts of vision features, as pictures"),
     "diverge": ("probes.verbs.diverge", "measure how VLM training and VLA training part, in weights and gradients"),
