@@ -199,6 +199,7 @@ def make_actor(
     *,
     deterministic: bool = False,
     blind: str = "none",
+    device: str = "cpu",
 ) -> Actor:
     """The actor for a policy in a benchmark. Raises InputError where the two do not go together."""
     if str(policy) in BASELINES:
@@ -211,7 +212,7 @@ def make_actor(
         from vlm4vla_core.policy import VLAPolicy
 
         where = checkpoint.resolve(Path(policy))
-        model = VLAPolicy.load(where)
+        model = VLAPolicy.load(where, device)
         domains, labels = model.backbone.lineage.get("domains", ()), checkpoint.row_labels(where)
     else:
         model, where, domains, labels = policy, policy.url, policy.domains, policy.labels

@@ -54,6 +54,7 @@ class Plan:
     carried out before replanning; None means the protocol's own number, else the chunk. deterministic: predict one
     picture at a time, so that rounding does not depend on the others. options: NAME=VALUE of a simulator's protocol.
     ensemble: "temporal" averages chunks that overlap. blind: "image" (needs `data`) or "language", the shortcut checks.
+    device: where a checkpoint predicts; not part of what rows are tied to.
     """
 
     policy: str | Path | Remote
@@ -66,6 +67,7 @@ class Plan:
     options: tuple[str, ...] = ()
     ensemble: str = "none"
     blind: str = "none"
+    device: str = "cpu"
 
     def checked(self) -> Checked:
         """The plan against its benchmark. Raises InputError on unknown names, impossible combinations, and anything
@@ -103,8 +105,9 @@ class Plan:
     def actor(self, bench: Any) -> Actor:
         """Who acts. Raises InputError where policy and benchmark do not go together."""
         return make_actor(
-            self.policy, bench, self.execute, self.data, deterministic=self.deterministic, blind=self.blind
-        )
+            self.policy, bench, self.execute, self.data, deterministic=self.deterministic, blind=self.blind,
+            device=self.device,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

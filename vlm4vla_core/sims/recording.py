@@ -182,3 +182,5 @@ def arrive() -> int:
     except InputError as error:
         print(f"vlm4vla record: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the process that waits for this one tells it
+        return 130

@@ -55,6 +55,8 @@ class Args:
     """NAME=VALUE of a simulator's protocol, such as settle=acting crop=0.9 (docs/simulators.md)."""
     assets: Path | None = None
     """Folder with the simulators' assets (libero/, simpler/, calvin/); else VLM4VLA_SIM_ASSETS and their own places."""
+    device: str = "cpu"
+    """Where a checkpoint predicts: cpu, cuda, cuda:1."""
     workers: int | None = None
     """Processes that step simulators, one per core when left out; given for the tabletop world, it runs there too."""
     shard: str | None = None
@@ -97,7 +99,7 @@ def run(args: Args) -> int:
     out = args.out or _default_out(args, policy)
     plan = Plan(
         policy, args.benchmark, args.tasks, args.episodes, args.execute, args.data, args.deterministic, args.options,
-        args.ensemble, args.blind,
+        args.ensemble, args.blind, args.device,
     )  # fmt: skip
     if args.merge:
         rows = merge(plan, out)
