@@ -84,8 +84,10 @@ def nano(
 
 
 def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
-    """`tiny.initialise`, and a small last norm that keeps tied logits near 0; Kosmos-2's decoder, whose layers are named
-    otherwise, writes into the residual stream as softly as the others' do."""
+    """`tiny.initialise`, and a small last norm that keeps tied logits near 0.
+
+    Kosmos-2's decoder names its layers otherwise; it is to write into the residual stream as softly as the others' do.
+    """
     import torch
 
     from vlm4vla_core.tiny import initialise as draw
