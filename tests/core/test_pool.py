@@ -93,7 +93,7 @@ def test_a_worker_that_fails_is_replaced_and_only_its_episode_repeated(
     bench = FlakyBenchmark(tmp_path, {1: fault})
     actor = make_actor(policy, bench, 3, deterministic=True)
     cells = [("move", episode) for episode in range(3)]
-    rows = plain(pool.rollout(bench, actor, cells, workers=2, timeout=10 if fault == "hang" else 300))
+    rows = plain(pool.rollout(bench, actor, cells, workers=2, timeout=15 if fault == "hang" else 300))
     assert rows == plain(evaluation.rollout(bench.inner, actor, cells))
     begun = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(int(episode) for _, _, episode in begun) == [0, 1, 1, 2]

@@ -168,7 +168,8 @@ class _Pool:
                 except _Failed as failure:
                     self._replace(worker, str(failure))
             for worker in [one for one in self._workers.values() if not one.waits]:
-                if time.monotonic() - worker.heard > self._timeout:
+                patience = self._timeout if worker.ready else max(self._timeout, TIMEOUT)  # starting takes its time
+                if time.monotonic() - worker.heard > patience:
                     self._replace(worker, f"no sign of life for {self._timeout:g} s")
             # Waiting for others half as long as a prediction takes makes it larger, and costs at most that.
             busy = [worker.connection for worker in self._workers.values() if not worker.waits]
