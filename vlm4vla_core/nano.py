@@ -87,6 +87,7 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
     """`tiny.initialise`, and a small last norm that keeps tied logits near 0.
 
     Kosmos-2's decoder names its layers otherwise; it is to write into the residual stream as softly as the others' do.
+    Its latents are drawn with std 1: nearly equal ones would all ask for the same mean of the picture.
     """
     import torch
 
@@ -98,6 +99,9 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
         for name, parameter in base.get_submodule(spec.layers).named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 parameter.mul_(_SOFTLY)
+        for name, parameter in base.named_parameters():
+            if name.endswith("latent_query"):
+                parameter.normal_(generator=generator)
 
 
 def _size(name: str) -> NanoSize:
