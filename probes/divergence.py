@@ -11,14 +11,13 @@ objective from other seeds are the comparison that counts. The random null is th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from probes.weights import family_at, network_order, open_weights
+from probes.weights import kind_of, network_order, open_three
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,20 +28,23 @@ if TYPE_CHECKING:
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.policy import VLAPolicy
 
-PIECE = 1 << 23  # elements that are held in float64 at once: 64 MiB
+PIECE = 1 << 17  # elements at once: what a processor's cache holds, so that reading is what takes the time
 
 
 # --- weights ------------------------------------------------------------------------------------------------
 
 
 class Sums(NamedTuple):
-    """What is added up over parameters: their number, |B|², |A - B|², |C - B|² and <A - B, C - B>."""
+    """What is added up over parameters: their number, |B|², |A - B|², |C - B|² and <A - B, C - B>; moved: how many
+    both trainings moved, agreed: how many of these to the same side."""
 
     n: int
     base: float
     a: float
     c: float
     dot: float
+    moved: int = 0
+    agreed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,26 +70,51 @@ class WeightDivergence:
         return _added([sums for _, sums in self.parameters.values()])
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per module group: group, n_params, rel_norm_a, rel_norm_c, cosine, null_sd.
+        """One row per module group: group, n_params, rel_norm_a, rel_norm_c, cosine, null_sd, sign_agreement, share_a,
+        share_c, share_params.
 
         rel_norm: |A - B| / |B| (NaN where the base is zero). cosine: between the deltas, NaN when one of them is
         zero. null_sd: standard deviation of that cosine for two independent random deltas, 1 / sqrt(n_params).
+        sign_agreement: of the parameters that both moved, the share moved to the same side; chance is 0.5. share:
+        the group's part of |A - B|², of |C - B|² and of the parameters.
         """
         return self._frame("group", self.groups)
+
+    def kind_frame(self) -> pd.DataFrame:
+        """As `to_frame`, one row per module group and kind ("decoder.3 attention"), in the order of the network."""
+        found: dict[tuple[str, str], list[Sums]] = {}
+        for name, (group, sums) in self.parameters.items():
+            found.setdefault((group, kind_of(name)), []).append(sums)
+        order = sorted(found, key=lambda key: (network_order(key[0]), key[1]))
+        return self._frame("group", {f"{group} {kind}": _added(found[group, kind]) for group, kind in order})
+
+    def spread(self) -> dict[str, float]:
+        """Over how many module groups each change is spread, 1 / sum share²: 1 when all of it is in one group."""
+        frame = self.to_frame()
+        squares = {side: float(np.square(frame[f"share_{side}"]).sum()) for side in ("a", "c", "params")}
+        return {side: 1 / value if value > 0 else float("nan") for side, value in squares.items()}
 
     def parameter_frame(self) -> pd.DataFrame:
         """As `to_frame`, one row per parameter: parameter, n_params, rel_norm_a, …"""
         return self._frame("parameter", {name: sums for name, (_, sums) in self.parameters.items()})
 
-    @staticmethod
-    def _frame(label: str, rows: Mapping[str, Sums]) -> pd.DataFrame:
+    def _frame(self, label: str, rows: Mapping[str, Sums]) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame({label: name, **describe(sums)} for name, sums in rows.items())
+        total = self.total
+        return pd.DataFrame(
+            {label: name, **describe(sums), "share_a": _share(sums.a, total.a), "share_c": _share(sums.c, total.c),
+             "share_params": sums.n / total.n}
+            for name, sums in rows.items()
+        )  # fmt: skip
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else float("nan")
 
 
 def describe(sums: Sums) -> dict[str, float]:
-    """n_params, rel_norm_a, rel_norm_c, cosine and null_sd of one sum."""
+    """n_params, rel_norm_a, rel_norm_c, cosine, null_sd and sign_agreement of one sum."""
     with np.errstate(divide="ignore", invalid="ignore"):
         base = np.sqrt(sums.base) if sums.base > 0 else np.nan
         moved = sums.a > 0 and sums.c > 0
@@ -97,57 +124,35 @@ def describe(sums: Sums) -> dict[str, float]:
             "rel_norm_c": float(np.sqrt(sums.c) / base),
             "cosine": float(np.clip(sums.dot / np.sqrt(sums.a * sums.c), -1, 1)) if moved else float("nan"),
             "null_sd": float(1 / np.sqrt(sums.n)),
+            "sign_agreement": _share(sums.agreed, sums.moved),
         }
 
 
 def weight_divergence(base: Path | str, a: Path | str, c: Path | str) -> WeightDivergence:
     """Compare two checkpoints with the base both started from, tensor by tensor.
 
-    base, a, c: checkpoint, run or published folders, or single safetensors files. Sums run in float64 over pieces,
-    so memory stays flat in the size of the model. Raises InputError for unreadable files, a shape that differs
-    (naming the tensor) and checkpoints without a common parameter.
+    base, a, c: checkpoint, run or published folders, or single safetensors files. Files are mapped and read piece by
+    piece, so memory stays flat in the size of the model; pieces are added up in float64. Raises InputError for
+    unreadable files, a shape that differs (naming the tensor) and checkpoints without a common parameter.
     """
-    with ExitStack() as stack:
-        paths = [Path(path) for path in (base, a, c)]
-        known = next((found for path in paths if (found := family_at(path))), None)
-        sides = [stack.enter_context(open_weights(path, known)) for path in paths]
-        families = sorted({side.family.name for side in sides if side.family})
-        if len(families) > 1:
-            raise InputError(f"checkpoints of different families: {', '.join(families)}", where=f"{base}, {a}, {c}")
-        group_of = sides[0].group_of
-        names = list(dict.fromkeys(name for side in sides for name in side.names))
-        excluded = tuple(name for name in names if any(name in side.excluded for side in sides))
-        parameters, unmatched = {}, []
-        for name in names:
-            if name in excluded:
-                continue
-            present = [label for label, side in zip(("base", "A", "C"), sides, strict=True) if name in side.names]
-            if len(present) < 3:
-                unmatched.append(f"{name} (only in {' and '.join(present)})")
-                continue
-            parameters[name] = (group_of(name), _compare(name, [side.tensor(name) for side in sides]))
-    if not parameters:
-        raise InputError(
-            "the three checkpoints have no parameter in common",
-            where=f"{base}, {a}, {c}",
-            fix="compare one model family",
-        )
-    return WeightDivergence(parameters, tuple(unmatched), excluded)
+    with open_three(base, a, c) as three:
+        group_of = three.sides[0].group_of
+        parameters = {name: (group_of(name), _compare(name, three.tensors(name))) for name in three.names}
+        return WeightDivergence(parameters, three.unmatched, three.excluded)
 
 
 def _compare(name: str, tensors: list[Tensor]) -> Sums:
-    if tensors[0].dim() == 3:  # experts' matrices stand transposed in published files, and sums do not mind
-        turned = (*tensors[0].shape[:1], *tensors[0].shape[:0:-1])
-        tensors = [tensor.transpose(-1, -2) if tensor.shape == turned else tensor for tensor in tensors]
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if len(set(shapes)) > 1:
-        raise InputError(f"shapes differ: base {shapes[0]}, A {shapes[1]}, C {shapes[2]}", where=name)
+    import torch
+
+    exact = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
     base, a, c = (tensor.reshape(-1) for tensor in tensors)
     parts = []
     for start in range(0, base.numel(), PIECE):
-        b, da, dc = (tensor[start : start + PIECE].double() for tensor in (base, a, c))
+        b, da, dc = (tensor[start : start + PIECE].to(exact) for tensor in (base, a, c))
         da, dc = da - b, dc - b
-        parts.append(Sums(b.numel(), *(float(x.dot(y)) for x, y in ((b, b), (da, da), (dc, dc), (da, dc)))))
+        both = da * dc
+        signs = (int(torch.count_nonzero(both)), int(torch.count_nonzero(both > 0)))
+        parts.append(Sums(b.numel(), *(float(x.dot(y)) for x, y in ((b, b), (da, da), (dc, dc), (da, dc))), *signs))
     sums = _added(parts)
     if not np.isfinite(sums).all():
         raise InputError("weights are NaN or infinite", where=name)
@@ -168,53 +173,26 @@ def gradient_divergence(
     *,
     batches: int = 16,
     batch_size: int = 16,
+    pilots: int = 0,
+    fast: bool = False,
     seed: int = 0,
     memory_gb: float = 2.0,
     progress: Callable[[int], Any] | None = None,
 ) -> GradientDivergence:
     """Gradients of the language loss (A) and the action loss (C) in the shared backbone, at its present weights.
 
-    questions_from: store that questions are generated from; actions_from: store of demonstrations. Every half-batch
-    is drawn anew from the training frames, with replacement, so that halves are independent. The query and the
-    head are left out: only the action loss reaches them. The policy is left as it was, to the bit.
-    Raises InputError for a batch size below 2 and for a store of another action convention.
+    questions_from: store that questions are generated from; actions_from: store of demonstrations (`probes.losses`).
+    pilots: batches for AdamW's second moments. fast: chunks as FAST tokens as a third loss (F). The query and the head
+    are left out: only the action loss reaches them. The policy is left as it was, to the bit. Raises InputError for a
+    batch size below 2 and for a store of another action convention.
     """
     from probes.gradients import gradient_cosines
-    from vlm4vla_core.episodes.sampling import action_chunks, split_episodes
-    from vlm4vla_core.vqa import questions
+    from probes.losses import measuring, policy_losses
 
-    if batch_size < 2:
-        raise InputError(f"a batch of {batch_size} has no two halves", fix="use --batch-size 2 or more")
-    wrong = policy.config.convention.differences(actions_from.convention)
-    if wrong:
-        raise InputError(f"the policy's actions mean something else: {'; '.join(wrong)}", where=actions_from.path)
-    backbone, config, half_batch = policy.backbone, policy.config, batch_size // 2
-    frames = {store.path: split_episodes(store)[0] for store in (questions_from, actions_from)}
-
-    def draw(store: EpisodeStore, objective: int, k: int, half: int) -> tuple[Any, np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([seed, objective, k, half])
-        rows = rng.choice(frames[store.path], half_batch)
-        camera = config.camera if config.camera in store.cameras else store.cameras[0]
-        return rng, rows, store.images(camera, rows, backbone.image_size)
-
-    def language(k: int, half: int) -> Tensor:
-        rng, rows, images = draw(questions_from, 0, k, half)
-        asked = [questions(questions_from, int(row), rng) for row in rows]
-        return backbone.language_loss(images, [q.question for q in asked], [q.answer for q in asked])
-
-    def action(k: int, half: int) -> Tensor:
-        _, rows, images = draw(actions_from, 1, k, half)
-        chunks, mask = action_chunks(actions_from.action, actions_from.episode_of, rows, config.chunk)
-        told = [actions_from.instructions[episode] for episode in actions_from.episode_of[rows]]
-        return policy(policy.collate(images, told, chunks, mask))["loss"]
-
-    groups = {name: group for name, group in backbone.groups().items() if group != "query"}
-    was_training = policy.training
-    policy.eval()  # no dropout: noise of the data only
-    try:
+    losses = policy_losses(policy, questions_from, actions_from, batch_size=batch_size, seed=seed, fast=fast)
+    third = {"loss_f": losses.fast} if fast else {}
+    with measuring(policy):
         return gradient_cosines(
-            dict(backbone.named_parameters()), groups, language, action,
-            batches=batches, memory_gb=memory_gb, seed=seed, progress=progress,
+            losses.parameters, losses.groups, losses.language, losses.action, **third,
+            batches=batches, pilots=pilots, memory_gb=memory_gb, seed=seed, progress=progress,
         )  # fmt: skip
-    finally:
-        policy.train(was_training)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,24 +53,52 @@ class GradientCosine(NamedTuple):
 
 @dataclass(frozen=True)
 class GradientDivergence:
-    """One `GradientCosine` per module group and one over all ("all"), from `batches` batches per loss."""
+    """One `GradientCosine` per module group and one over all ("all"), from `batches` batches per loss.
+
+    rows: of losses A and C as they are. others: (pair, form) -> the same for another pair of losses ("A-F", "C-F") or
+    for AdamW's steps ("adamw") instead of plain gradients ("raw").
+    """
 
     rows: tuple[GradientCosine, ...]
     batches: int
     all_pairs: bool
+    others: dict[tuple[str, str], tuple[GradientCosine, ...]] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """group, n_params, naive, corrected, low, high, snr_a, snr_c, norm_a, norm_c, verdict (None -> NaN)."""
+        """group, n_params, naive, corrected, low, high, snr_a, snr_c, norm_a, norm_c, share_a, share_c, verdict.
+
+        share: the group's part of |g|² of the expected gradient. None -> NaN.
+        """
+        return _frame(self.rows)
+
+    def long_frame(self) -> pd.DataFrame:
+        """As `to_frame` for every pair of losses and both forms: pair, form, group, …"""
         import pandas as pd
 
-        flat = []
-        for row in self.rows:
-            values = row._asdict()
-            low, high = values.pop("interval") or (None, None)
-            flat.append(values | {"low": low, "high": high})
-        columns = ["group", "n_params", "naive", "corrected", "low", "high", "snr_a", "snr_c", "norm_a", "norm_c"]
-        frame = pd.DataFrame(flat)[[*columns, "verdict"]]
-        return frame.astype(dict.fromkeys(columns[2:], float))
+        every = {("A-C", "raw"): self.rows, **self.others}
+        parts = []
+        for (pair, form), rows in every.items():
+            frame = _frame(rows)
+            frame.insert(0, "form", form)
+            frame.insert(0, "pair", pair)
+            parts.append(frame)
+        return pd.concat(parts, ignore_index=True)
+
+
+def _frame(rows: tuple[GradientCosine, ...]) -> pd.DataFrame:
+    import pandas as pd
+
+    flat, whole = [], rows[-1]
+    for row in rows:
+        values = row._asdict()
+        low, high = values.pop("interval") or (None, None)
+        for side in "ac":
+            part, total = values[f"norm_{side}"], getattr(whole, f"norm_{side}")
+            values[f"share_{side}"] = None if part is None or total is None else (part / total) ** 2
+        flat.append(values | {"low": low, "high": high})
+    columns = ["group", "n_params", "naive", "corrected", "low", "high", "snr_a", "snr_c", "norm_a", "norm_c"]
+    columns += ["share_a", "share_c"]
+    return pd.DataFrame(flat)[[*columns, "verdict"]].astype(dict.fromkeys(columns[2:], float))
 
 
 def gradient_cosines(
@@ -77,19 +106,23 @@ def gradient_cosines(
     groups: Mapping[str, str],
     loss_a: Callable[[int, int], Tensor],
     loss_c: Callable[[int, int], Tensor],
+    loss_f: Callable[[int, int], Tensor] | None = None,
     *,
     batches: int = 16,
+    pilots: int = 0,
     memory_gb: float = 2.0,
     resamples: int = 1000,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> GradientDivergence:
-    """Cosine of the gradients of two losses at the parameters as they stand, per module group.
+    """Cosine of the gradients of two losses (or three) at the parameters as they stand, per module group.
 
     parameters: name -> torch Parameter; groups: name -> module group (a parameter in no group is left out).
-    loss_a, loss_c: (batch k, half 0 or 1) -> scalar loss of an independent draw of data. All half-batch
-    gradients (4 per batch, float32) are kept for all-pairs products when they fit `memory_gb`, else only those
-    of the current batch, which costs precision, not correctness. The weights and their `.grad` are left as they are.
+    loss_a, loss_c, loss_f: (batch k, half 0 or 1) -> scalar loss of an independent draw of data. pilots: batches
+    beyond the others, each loss's own, from which AdamW's second moments are taken (0: plain gradients alone); its
+    step is g / (sqrt(mean g²) + 1e-8), and 0 where no pilot saw a gradient. All half-batch gradients (float32) are
+    kept for all-pairs products when they fit `memory_gb`, else only those of the current batch, which costs
+    precision, not correctness. The weights and their `.grad` are left as they are.
     Raises InputError for fewer than 2 batches and for a loss that is not finite.
     """
     if batches < 2:
@@ -101,28 +134,58 @@ def gradient_cosines(
     members = {group: members[group] for group in sorted(members, key=network_order)}
     weights = [parameters[name] for name in names]
     size = sum(weight.numel() for weight in weights)
-    all_pairs = 16 * batches * size <= memory_gb * 1e9
-    grams = {group: np.full((4 * batches, 4 * batches), np.nan) for group in members}
-    kept: list[tuple[int, dict[str, Tensor]]] = []
-    with _requiring_gradients(weights):
+    losses = {"A": loss_a, "C": loss_c, **({"F": loss_f} if loss_f else {})}
+    forms = ("raw", "adamw") if pilots else ("raw",)
+    rows = 2 * batches * len(losses)
+    all_pairs = 4 * rows * size * len(forms) <= memory_gb * 1e9
+    grams = {(form, group): np.full((rows, rows), np.nan) for form in forms for group in members}
+    kept: list[tuple[int, dict[tuple[str, str], Tensor]]] = []
+    with requiring_gradients(weights):
+        moments = {side: _moments(loss, weights, members, side, batches, pilots) for side, loss in losses.items()}
         for k in range(batches):
             if not all_pairs:
                 kept = []
-            for side, loss in enumerate((loss_a, loss_c)):
+            for number, (side, loss) in enumerate(losses.items()):
                 for half in (0, 1):
-                    place = 2 * (side * batches + k) + half
-                    kept.append((place, _gradient(loss(k, half), weights, members, "AC"[side])))
-                    for other, gradient in kept:
-                        for group, vector in kept[-1][1].items():
-                            product = float(vector.double().dot(gradient[group].double()))
-                            grams[group][place, other] = grams[group][other, place] = product
+                    place = 2 * (number * batches + k) + half
+                    found = _gradient(loss(k, half), weights, members, side)
+                    vectors = {("raw", group): vector for group, vector in found.items()}
+                    for group, scale in moments[side].items():
+                        vectors["adamw", group] = found[group] * scale
+                    kept.append((place, vectors))
+                    for other, theirs in kept:
+                        for key, vector in vectors.items():
+                            product = float(vector.double().dot(theirs[key].double()))
+                            grams[key][place, other] = grams[key][other, place] = product
                     if progress:
                         progress(1)
-    grams["all"] = np.sum(list(grams.values()), axis=0)
     counts = {group: sum(weights[place].numel() for place in places) for group, places in members.items()}
-    counts["all"] = size
-    rows = tuple(cosine_from_gram(gram, group, counts[group], resamples, seed) for group, gram in grams.items())
-    return GradientDivergence(rows, batches, all_pairs)
+    results: dict[tuple[str, str], tuple[GradientCosine, ...]] = {}
+    for form in forms:
+        of_form = {group: grams[form, group] for group in members}
+        of_form["all"] = np.sum(list(of_form.values()), axis=0)
+        for (i, one), (j, two) in combinations(enumerate(losses), 2):
+            rows_of = np.concatenate([np.arange(2 * batches) + 2 * batches * side for side in (i, j)])
+            results[f"{one}-{two}", form] = tuple(
+                cosine_from_gram(gram[np.ix_(rows_of, rows_of)], group, counts.get(group, size), resamples, seed)
+                for group, gram in of_form.items()
+            )
+    return GradientDivergence(results.pop(("A-C", "raw")), batches, all_pairs, results)
+
+
+def _moments(
+    loss: Callable[[int, int], Tensor], weights: list[Any], members: Mapping[str, list[int]], side: str,
+    batches: int, pilots: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Per module group what AdamW multiplies a gradient by, from pilot batches that are used for nothing else."""
+    import torch
+
+    squares: dict[str, Tensor] = {}
+    for k in range(batches, batches + pilots):
+        for half in (0, 1):
+            for group, vector in _gradient(loss(k, half), weights, members, side).items():
+                squares[group] = squares.get(group, torch.zeros(())) + vector.square() / (2 * pilots)
+    return {group: torch.where(v > 0, 1 / (v.sqrt() + 1e-8), 0.0) for group, v in squares.items()}
 
 
 def cosine_from_gram(gram: np.ndarray, group: str = "", n_params: int = 0, resamples: int = 1000, seed: int = 0,
@@ -228,7 +291,7 @@ def _gradient(loss: Tensor, weights: list[Any], members: Mapping[str, list[int]]
 
 
 @contextmanager
-def _requiring_gradients(weights: list[Any]) -> Iterator[None]:
+def requiring_gradients(weights: list[Any]) -> Iterator[None]:
     """Let frozen parameters have gradients for the time of the measurement."""
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:

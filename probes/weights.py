@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 _WRAPPERS = ("backbone.", "base.")  # of this project's checkpoints, around the headless base
 _PARTS = ("vision", "projector", "embeddings", "decoder", "lm_head")
 HEAD = "lm_head.weight"
+_KINDS = {
+    "norm": ("norm", "ln_", "ln1", "ln2", "layernorm"),
+    "attention": ("attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj", "qkv", "out_proj"),
+    "mlp": ("mlp", "ffn", "fc1", "fc2", "gate", "up_proj", "down_proj", "expert"),
+    "embedding": ("embed", "lm_head", "wte"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,55 @@ def open_weights(path: Path, family: FamilySpec | None = None) -> Iterator[Weigh
             if head.shape == rows.shape and bool((head == rows).all()):
                 del names[HEAD]
         yield weights
+
+
+@dataclass(frozen=True)
+class Three:
+    """Base, A and C, open. names: parameters of all three. unmatched: those that are not, with where they are.
+    excluded: parts that are new in a policy (head and query)."""
+
+    sides: tuple[Weights, Weights, Weights]
+    names: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    excluded: tuple[str, ...]
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """One parameter of base, A and C, mapped from their files. Raises InputError when the shapes differ."""
+        tensors = [side.tensor(name) for side in self.sides]
+        if tensors[0].dim() == 3:  # experts' matrices stand transposed in published files, and sums do not mind
+            turned = (*tensors[0].shape[:1], *tensors[0].shape[:0:-1])
+            tensors = [tensor.transpose(-1, -2) if tensor.shape == turned else tensor for tensor in tensors]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if len(set(shapes)) > 1:
+            raise InputError(f"shapes differ: base {shapes[0]}, A {shapes[1]}, C {shapes[2]}", where=name)
+        return tensors
+
+
+@contextmanager
+def open_three(base: Path | str, a: Path | str, c: Path | str) -> Iterator[Three]:
+    """Open three checkpoints and match their parameters by name. Raises InputError for different families, and for
+    checkpoints without a common parameter."""
+    with ExitStack() as stack:
+        paths, where = [Path(path) for path in (base, a, c)], f"{base}, {a}, {c}"
+        known = next((found for path in paths if (found := family_at(path))), None)
+        one, two, three = (stack.enter_context(open_weights(path, known)) for path in paths)
+        sides = (one, two, three)
+        families = sorted({side.family.name for side in sides if side.family})
+        if len(families) > 1:
+            raise InputError(f"checkpoints of different families: {', '.join(families)}", where=where)
+        every = list(dict.fromkeys(name for side in sides for name in side.names))
+        excluded = tuple(name for name in every if any(name in side.excluded for side in sides))
+        names, unmatched = [], []
+        for name in every:
+            present = [label for label, side in zip(("base", "A", "C"), sides, strict=True) if name in side.names]
+            if name not in excluded and len(present) == 3:
+                names.append(name)
+            elif name not in excluded:
+                unmatched.append(f"{name} (only in {' and '.join(present)})")
+        if not names:
+            fix = "compare one model family"
+            raise InputError("the three checkpoints have no parameter in common", where=where, fix=fix)
+        yield Three(sides, tuple(names), tuple(unmatched), excluded)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -139,6 +194,15 @@ def _numbered_part(name: str) -> str:
     parts = name.split(".")
     numbered = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[: numbered + 1] if numbered is not None else parts[:-1] or parts)
+
+
+def kind_of(name: str) -> str:
+    """What a parameter does: norm, attention, mlp, embedding or other, by the last telling part of its name."""
+    for part in reversed(name.lower().split(".")[:-1] or [name.lower()]):
+        for kind, marks in _KINDS.items():
+            if any(mark in part for mark in marks):
+                return kind
+    return "other"
 
 
 def network_order(group: str) -> tuple[Any, ...]:

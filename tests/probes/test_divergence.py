@@ -95,7 +95,7 @@ def test_reading_in_pieces_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     paths = triple(tmp_path, *({"w": rng.normal(size=(31, 7)).astype(np.float32)} for _ in range(3)))
     whole = weight_divergence(*paths).total
     monkeypatch.setattr(divergence, "PIECE", 10)
-    np.testing.assert_allclose(weight_divergence(*paths).total, whole, rtol=1e-12)
+    np.testing.assert_allclose(weight_divergence(*paths).total, whole, rtol=1e-5)  # float32 within a piece
 
 
 def test_bf16_agrees_with_fp32_to_rounding(tmp_path: Path) -> None:
@@ -408,8 +408,9 @@ def test_diverge_writes_tables_and_figure_once(room: Path, capsys: pytest.Captur
     assert "vision.embed" in text and "through the base's own head" in text and "new in the policy" in text
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "weights.parquet", "parameters.parquet", "gradients.parquet", "divergence.json", "divergence.svg",
-        "divergence.png", "manifest.json",
+        "weights.parquet", "kinds.parquet", "parameters.parquet", "gradients.parquet", "gradients_all.parquet",
+        "interference.parquet", "divergence.json", "divergence.svg", "divergence.png", "gradients.svg", "gradients.png",
+        "manifest.json",
     }  # fmt: skip
     result = json.loads((out / "divergence.json").read_text())
     assert {row["group"] for row in result["gradients"]} == {row["group"] for row in result["weights"]} | {"all"}
