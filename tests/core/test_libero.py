@@ -41,7 +41,12 @@ def test_the_protocols_are_the_published_ones() -> None:
         assert set(bench.experts) <= set(bench.tasks)
         assert benchmark(name) is bench
     assert PROTOCOLS["libero-10@1"].suite == "libero_10"
-    assert coverage("libero-10@1", ["0", "7"]) == "2 of its 10 tasks: 0, 7"
+    assert coverage("libero-10@1", ["0", "7"], 50) == "2 of its 10 tasks: 0, 7"
+    assert coverage("libero-10@1", ["0"], 20) == "1 of its 10 tasks: 0; 20 of 50 initial states"
+    assert (
+        coverage("calvin-abc-d@1", ["chain"], 30) == "the first 30 of 1,000 chains"
+    )  # never the benchmark's name alone
+    assert coverage("calvin-abc-d@1", ["chain"], 1000) == "all of it"
     assert PROTOCOLS["libero-10@1"].portion(20) == "20 of 50 initial states" and not PROTOCOLS["libero-10@1"].portion(
         50
     )

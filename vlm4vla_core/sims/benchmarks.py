@@ -270,18 +270,18 @@ def benchmark(protocol: str) -> Any:
     return others[protocol]
 
 
-def coverage(protocol: str, tasks: Iterable[str]) -> str:
+def coverage(protocol: str, tasks: Iterable[str], episodes: int | None = None) -> str:
     """How much of a protocol these tasks are, in words: "all 4 tasks", or "2 of its 4 tasks: move, touch".
 
-    A result on a part of a protocol must not bear the protocol's name alone. For a protocol that is not known here,
-    the tasks are listed.
+    episodes: different ones per task, for protocols with a fixed number of initial states. A result on a part of a
+    protocol must not bear the protocol's name alone. For a protocol that is not known here, the tasks are listed.
     """
     ran = list(dict.fromkeys(tasks))
-    known = next((each[protocol].tasks for each in (PROTOCOLS, simulators()) if protocol in each), None)
-    if known is None:
+    bench = PROTOCOLS.get(protocol) or simulators().get(protocol)
+    if bench is None:
         return f"tasks {', '.join(ran)}"
-    return (
-        ("all of it" if len(known) == 1 else f"all {len(known)} tasks")
-        if set(ran) == set(known)
-        else f"{len(ran)} of its {len(known)} tasks: {', '.join(ran)}"
-    )
+    part = bench.portion(episodes) if episodes is not None and isinstance(bench, SimulatorBenchmark) else ""
+    if set(ran) != set(bench.tasks):
+        return f"{len(ran)} of its {len(bench.tasks)} tasks: {', '.join(ran)}" + (f"; {part}" if part else "")
+    whole = "all of it" if len(bench.tasks) == 1 else f"all {len(bench.tasks)} tasks"
+    return (part if len(bench.tasks) == 1 else f"{whole}; {part}") if part else whole

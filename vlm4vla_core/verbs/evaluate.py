@@ -177,7 +177,7 @@ def _tell(args: Args, rows: pd.DataFrame, protocol: dict[str, Any], found: dict[
         told_ever = {task: int(group["success_ever"].sum()) for task, group in rows.groupby("task", sort=False)}
     else:
         told_ever = {}
-    table, part = success_table(rows, ["task"]), coverage(args.benchmark, rows["task"])
+    table, part = success_table(rows, ["task"]), coverage(args.benchmark, rows["task"], rows["episode"].nunique())
     rule = f"success rule {rows['success_rule'].iloc[0]}, Wilson intervals"
     print(f"{args.policy or args.remote} on {args.benchmark}, {part}; {rule}")
     print(_protocol_line(args, rows, protocol))
@@ -216,7 +216,6 @@ def _protocol_line(args: Args, rows: pd.DataFrame, protocol: dict[str, Any]) -> 
         from vlm4vla_core.sims import benchmark
 
         bench = benchmark(args.benchmark)
-        words += [bench.portion(args.episodes)]
         words += [" ".join(f"{name}={value}" for name, value in bench.chosen(args.options).items())]
     executed = ", ".join(map(str, sorted(set(rows["execute"]))))
     words += [f"executes {executed}" + (f", ensembling {args.ensemble}" if args.ensemble != "none" else "")]

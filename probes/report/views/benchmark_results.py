@@ -132,13 +132,17 @@ def readable(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
 def protocol_words(rows: pd.DataFrame) -> str:
     """Protocol and success rule of these rows, for a caption."""
-    protocol = rows["protocol"].iloc[0]
+    protocol, part = rows["protocol"].iloc[0], _part(rows)
     rules = " and ".join(sorted({str(rule).replace("_", " ") for rule in rows["success_rule"]}))
     return (
-        f"Protocol {protocol}, {coverage(protocol, rows['task'])}; an episode is a success if the goal holds "
-        f"at {rules}. "
+        f"Protocol {protocol}, {part}; an episode is a success if the goal holds at {rules}. "
         "execute: actions carried out before the policy looks again."
     )
+
+
+def _part(rows: pd.DataFrame) -> str:
+    """How much of their protocol these rows are."""
+    return coverage(rows["protocol"].iloc[0], rows["task"], rows["episode"].nunique())
 
 
 # --- the sentence -----------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> s
     """One sentence: the best learned policy beside the best blind baseline, told apart or undetermined."""
     learned, blind = (table[table["kind"] == kind] for kind in ("learned", "blind"))
     protocol = rows["protocol"].iloc[0]
-    where = f"On {protocol} ({coverage(protocol, rows['task'])})"
+    where = f"On {protocol} ({_part(rows)})"
     if learned.empty:
         best = _best(table)
         return f"{where} no trained policy was evaluated; the highest success rate is that of {_told(best, level)}."
