@@ -13,7 +13,7 @@ import json
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -191,16 +191,22 @@ class TrainConfig(BaseModel):
     """Threads that prepare batches, so many ahead."""
 
     @model_validator(mode="after")
-    def _one_fate_for_a_part(self) -> Self:
+    def _settings_go_together(self) -> Self:
         if both := sorted(set(self.freeze) & set(self.lora)):
             raise ValueError(f"{both[0]} stands in freeze and in lora; lora alone freezes its weights")
         if self.objective in self.auxiliary or "action" in self.auxiliary:
             raise ValueError("auxiliary objectives are language, fast and dense, beside another objective")
         if any(not 0 < weight < float("inf") for weight in self.auxiliary.values()):
             raise ValueError("weights of auxiliary objectives must be positive numbers")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        if any(not 0 < weight < float("inf") for weight in self.weights):
+            raise ValueError("weights of stores must be positive numbers")
+        if len(set(self.freeze)) == len(get_args(Part)) and not {"action", "dense"} & set(self.objectives()):
+            raise ValueError("every part is frozen, so that nothing is left to train; leave one out of freeze")
         if self.cache_features:
             if left := sorted({"vision", "projector"} - set(self.freeze)):
-                raise ValueError(f"cache_features needs a frozen tower; add {left[0]} to freeze")
+                raise ValueError(f"cache_features needs a frozen tower; add {' and '.join(left)} to freeze")
             others = {"augmentation": "none", "dropout": False, "skip_corrupt": False, "parallel": "ddp"}
             if changed := [name for name, value in others.items() if getattr(self, name) != value]:
                 raise ValueError(f"cache_features needs {changed[0]} = {others[changed[0]]}")

@@ -18,7 +18,7 @@ from vlm4vla_core import checkpoint, folders
 from vlm4vla_core.episodes.store import REMAKE
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.presets import DRAWN, TrainConfig
-from vlm4vla_core.vqa.files import fingerprint, question_files
+from vlm4vla_core.vqa.files import KINDS, fingerprint, question_files
 
 if TYPE_CHECKING:
     from vlm4vla_core.training_data import Data
@@ -38,6 +38,8 @@ def run_inputs(config: TrainConfig, data: Sequence[Path]) -> dict[str, str]:
 def _data_fingerprint(path: Path) -> str:
     if question_files(path):
         return fingerprint(path)
+    if not path.exists() and path.suffix in KINDS:
+        raise InputError("no such question file", where=path)
     return str(folders.read_manifest(path, "episodes", name=folders.STORE_MANIFEST, fix=REMAKE)["fingerprint"])
 
 

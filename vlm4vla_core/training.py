@@ -152,22 +152,23 @@ class _Run:
         self.log.restart(lines)
 
     def _validate(self) -> None:
-        """Measure the main objective on held-out rows. The first process does, all do when the model is sharded."""
+        """Measure every objective on held-out rows. The first process does, all do when the model is sharded."""
         if not len(self.data.val.rows):
             return
         if self.devices.first or self.devices.sharded:
             self.model.eval()
-            self.metrics = self._measure()
+            main, *others = self.objectives
+            self.metrics = {**self._measure(main), **{name: self._measure(name) for name in others}}
             if self.config.ema and self.step:
                 with averaged(self.optimizer):
-                    self.metrics = {**self.metrics, "ema_loss": self._measure()["loss"]}
+                    self.metrics["ema_loss"] = self._measure(main)["loss"]
             self.model.train()
             self.log.line(self.step, validation=self.metrics)
         (loss,) = self.devices.sum([self.metrics["loss"] if self.devices.first else 0.0])
         self.history.append((loss, self.step))
 
-    def _measure(self) -> dict[str, Any]:
-        objective, data, size = self.objectives[self.config.objective], self.data, self.backbone.image_size
+    def _measure(self, name: str) -> dict[str, Any]:
+        objective, data, size = self.objectives[name], self.data, self.backbone.image_size
 
         def batch(places: slice, rng: np.random.Generator) -> Any:
             mine = data.val.part(places)

@@ -48,7 +48,8 @@ class Data:
         known = {path: bool(question_files(path)) for path in paths}
         paths = [path for path in paths if config.sources in ("all", "files" if known[path] else "stores")]
         if not paths:
-            raise InputError(f"no {config.sources} among the data", fix="give some to --data, or other sources")
+            what = "question files" if config.sources == "files" else "stores"
+            raise InputError(f"no {what} among the data", fix="give some to --data, or other sources")
         asked = [known[path] for path in paths]
         stores = [EpisodeStore.open(path) for path, questions in zip(paths, asked, strict=True) if not questions]
         root = Path(config.image_root) if config.image_root else None

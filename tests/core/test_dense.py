@@ -15,7 +15,8 @@ from vlm4vla_core import checkpoint
 from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.backbone import Backbone, tiny
 from vlm4vla_core.dense_heads import DenseHeads, dense_losses
-from vlm4vla_core.dense_objective import DenseTargets, dense_objective
+from vlm4vla_core.dense_objective import dense_objective
+from vlm4vla_core.dense_targets import DenseTargets
 from vlm4vla_core.episodes.store import EpisodeStore, write_store
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.families.spec import Geometry
@@ -289,6 +290,9 @@ def test_one_pass_of_the_tower_serves_both_objectives(store: EpisodeStore, tmp_p
     train(config(objective="language", questions_per_picture=3, max_steps=1), store.path, tmp_path / "language")
     dense, language = (losses(tmp_path / name)[0] for name in ("dense", "language"))
     assert losses(tmp_path / "both")[0] == pytest.approx(language + 0.3 * dense, rel=1e-6)
+    held_out = {name: validations(tmp_path / name)[0] for name in ("both", "dense", "language")}
+    assert held_out["both"].pop("dense") == {key: x for key, x in held_out["dense"].items() if key != "step"}
+    assert held_out["both"] == held_out["language"]
     from vlm4vla_core import image_tokens as module
     from vlm4vla_core import objectives
 

@@ -25,13 +25,15 @@ def words(data: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("objective", ["action", "language"])
 def test_train_prints_a_table_and_writes_json(data: Path, tmp_path: Path, capsys, objective: str):
     report = tmp_path / "r.json"
-    assert main([*words(data, tmp_path / "run", "--objective", objective), "--json", str(report)]) == 0
+    beside = ["--auxiliary", "dense", "0.5"] if objective == "action" else []
+    assert main([*words(data, tmp_path / "run", "--objective", objective, *beside), "--json", str(report)]) == 0
     shown = capsys.readouterr().out
     assert "3 steps" in shown and "held-out" in shown and "step-000003" in shown
     summary = json.loads(report.read_text())
     assert summary["objective"] == objective and summary["steps"] == 3
     assert summary["end"]["loss"] != summary["start"]["loss"]
     assert ("adaptation adds" in shown) == (objective == "action")
+    assert ("dense, beside it" in shown and "gripper position error [cm]" in shown) == bool(beside)
 
 
 def test_a_finished_run_is_up_to_date_without_torch(data: Path, tmp_path: Path, capsys):
@@ -54,6 +56,10 @@ def test_a_finished_run_is_up_to_date_without_torch(data: Path, tmp_path: Path, 
         (["--backbone", "./nowhere"], "no such model folder"),
         (["--batch-size", "0"], "setting batch_size = 0"),
         (["--lr", "nan"], "setting lr"),
+        (["--betas", "0.9", "1.5"], "betas must be at least 0 and below 1"),
+        (["--weights", "0"], "weights of stores must be positive"),
+        (["--data", "none.json", "--objective", "language"], "no such question file"),
+        (["--freeze", "vision", "projector", "decoder", "word_embeddings", "--objective", "fast"], "nothing is left"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(data: Path, tmp_path: Path, capsys, change: list[str], message: str):

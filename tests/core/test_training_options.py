@@ -212,8 +212,8 @@ def test_questions_about_two_moments_show_both_and_rows_without_one_get_another(
     stores = Data(settings, [tmp_path])
     store, backbone = stores.stores[0], tiny(image_size=56)
     seen: list[np.ndarray] = []
-    collate = backbone.collate_answers
-    backbone.collate_answers = lambda images, *rest: seen.append(images) or collate(images, *rest)  # type: ignore
+    collate = backbone.collate_turns
+    backbone.collate_turns = lambda images, *rest: seen.append(images) or collate(images, *rest)  # type: ignore
     rows = np.array([store.starts[0], store.starts[0] + store.lengths[0] - 1])  # the first moment has no earlier one
     pictures = store.images("front", rows, 56)
     kept = pictures.copy()
@@ -267,7 +267,7 @@ def test_an_auxiliary_loss_is_weighted_and_named(data: Path, tmp_path: Path):
     for line in (line for line in lines if "loss" in line):
         assert line["loss"] == pytest.approx(line["action"] + 0.25 * line["language"], rel=1e-6)
     assert checkpoint.row_labels(checkpoint.resolve(tmp_path / "run"))["aux"] == "action+language"
-    with pytest.raises(InputError, match="auxiliary objectives are language and fast"):
+    with pytest.raises(InputError, match="auxiliary objectives are language, fast and dense"):
         make_config("tiny", {"auxiliary": {"action": 1.0}})
 
 

@@ -30,7 +30,7 @@ from vlm4vla_core.training import train
 SETTINGS: dict[str, Any] = {
     "image_size": 28, "chunk": 5, "head_width": 16, "max_steps": 6, "batch_size": 4, "lr": 1e-4, "warmup_steps": 0,
     "clip": 1.0, "log_every": 1, "val_rows": 6, "val_every": 3, "threads": 1, "device": "cpu", "save_every": 2,
-    "head": "flow", "auxiliary": {"language": 0.5}, "augmentation": "calvin",
+    "head": "flow", "auxiliary": {"language": 0.5, "dense": 0.3}, "augmentation": "calvin",
 }  # fmt: skip
 # At step 5: "kill", the second process kills both. At step 3: "die", it kills itself; "nan", its loss is no number;
 # "torn", its data cannot be read; "stop", both wait for a signal.
@@ -116,11 +116,13 @@ def assert_alike(one: Path, other: Path) -> None:
     """The same losses and errors to fp32 rounding; and weights, where gradients do not vanish."""
     assert len(lines(one)) == len(lines(other))
     for a, b in zip(lines(one), lines(other), strict=True):
-        keys = {"loss", "action", "arm", "language", "grad_norm"} & set(a)
+        keys = {"loss", "action", "arm", "language", "dense", "grad_norm"} & set(a)
         assert {key: b[key] for key in keys} == pytest.approx({key: a[key] for key in keys}, rel=1e-4)
         if "validation" in a:
             assert b["validation"]["loss"] == pytest.approx(a["validation"]["loss"], rel=1e-4)
             assert b["validation"]["error"] == pytest.approx(a["validation"]["error"], rel=1e-3)
+            dense = a["validation"]["dense"]
+            assert b["validation"]["dense"] == pytest.approx(dense, rel=1e-3) and dense["gripper_cm"] > 0
         if "gradient_norms" in a:
             assert b["gradient_norms"] == pytest.approx(a["gradient_norms"], rel=1e-3, abs=1e-6)
     ends = [load_file(checkpoint.resolve(run) / checkpoint.WEIGHTS) for run in (one, other)]

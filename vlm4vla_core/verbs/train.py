@@ -1,9 +1,9 @@
 """Turn a VLM into a VLA from episode stores, or train it on questions or action tokens about the same pictures.
 
-RECIPE is a preset (tiny, or paper/calvin, paper/bridge and paper/libero10 with the authors' choices) or a TOML file of
-settings, with [[stages]] tables if one is to follow the other. Every setting is an option, too. Issuing the command
-again goes on where a killed run stopped, exactly, and does nothing once the run is finished; other settings or data
-need another --out. For several processes: torchrun --nproc-per-node 2 -m vlm4vla_core.cli train …
+RECIPE is a preset (tiny, nano, or paper/calvin, paper/bridge and paper/libero10 with the authors' choices) or a TOML
+file of settings, with [[stages]] tables if one is to follow the other. Every setting is an option, too. Issuing the
+command again goes on where a killed run stopped, exactly, and does nothing once the run is finished; other settings or
+data need another --out. For several processes: torchrun --nproc-per-node 2 -m vlm4vla_core.cli train …
 
 With --parallel fsdp they share weights, gradients and optimizer states, too (docs/cluster.md).
 
@@ -17,19 +17,19 @@ import os
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 from tyro.conf import Positional
 
 from vlm4vla_core import folders
-from vlm4vla_core.presets import SOURCES, TrainConfig, make_stages
+from vlm4vla_core.presets import SOURCES, Objective, TrainConfig, make_stages
 
 
 @dataclass(frozen=True)
 class _Own:
     recipe: Positional[str]
-    """Preset (tiny, paper/calvin, paper/bridge, paper/libero10) or TOML file."""
+    """Preset (tiny, nano, paper/calvin, paper/bridge, paper/libero10) or TOML file."""
     data: tuple[Path, ...]
     """Episode store, or several; for the language objective also question files (see docs/auxiliary-data.md)."""
     out: Path
@@ -64,6 +64,18 @@ _LABELS = {
     "answer_accuracy": "answers right",
     "majority": "  of always the commonest answer",
     "decoded": "token sequences that are a chunk",
+    "presence_precision": "presence, average precision",
+    "presence_share": "  of chance",
+    "position_cm": "position error [cm]",
+    "constant_position_cm": "  of each place's mean",
+    "gripper_cm": "gripper position error [cm]",
+    "constant_gripper_cm": "  of the mean position",
+    "gripper_open": "gripper open or closed",
+    "depth_cm": "depth error [cm]",
+    "constant_depth_cm": "  of each place's mean",
+    "offset": "offset error [cell sides]",
+    "segmentation": "commonest class right",
+    "segmentation_majority": "  of each place's commonest class",
 }
 _PEOPLE = {"m": ("mm", 1000.0), "rad": ("degrees", 57.29577951308232)}
 
@@ -141,14 +153,22 @@ def _print(summary: dict[str, Any]) -> None:
     start, end = summary["start"], summary["end"]
     if end:
         print(f"{'held-out':<36}{'start':>10}{'end':>10}   ({end['rows']} rows)")
-        for name in end:
-            if isinstance(end[name], float):
-                print(f"{_LABELS.get(name, name):<36}{start.get(name, float('nan')):>10.4f}{end[name]:>10.4f}")
-        for name, value in end.get("error", {}).items():
-            unit, factor = _PEOPLE.get(summary["units"].get(name, ""), (summary["units"].get(name, "own unit"), 1.0))
-            before = start["error"].get(name, float("nan")) * factor
-            print(f"{f'mean error {name} [{unit}]':<36}{before:>10.4f}{value * factor:>10.4f}")
+        _print_held_out(start, end, summary["units"])
+    for name, values in end.items():  # of an auxiliary objective
+        if name in get_args(Objective):
+            print(f"{name}, beside it")
+            _print_held_out(start.get(name, {}), values, summary["units"])
     print(f"checkpoint: {summary['checkpoint']}")
+
+
+def _print_held_out(start: dict[str, Any], end: dict[str, Any], units: dict[str, str]) -> None:
+    for name, value in end.items():
+        if isinstance(value, float):
+            print(f"{_LABELS.get(name, name):<36}{start.get(name, float('nan')):>10.4f}{value:>10.4f}")
+    for name, value in end.get("error", {}).items():
+        unit, factor = _PEOPLE.get(units.get(name, ""), (units.get(name, "own unit"), 1.0))
+        before = start.get("error", {}).get(name, float("nan")) * factor
+        print(f"{f'mean error {name} [{unit}]':<36}{before:>10.4f}{value * factor:>10.4f}")
 
 
 def _warn_cut(cut: dict[str, float]) -> None:

@@ -18,17 +18,17 @@ from vlm4vla_core import folders, images
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.vqa.data import ChoiceData, LlavaData, VQAData
 
-_KINDS = (".json", ".jsonl", ".parquet")
+KINDS = (".json", ".jsonl", ".parquet")
 
 
 def question_files(path: Path) -> list[Path]:
     """The question files that `path` is, or holds; none of an episode store and of what is something else."""
     path = Path(path)
     if path.is_file():
-        return [path] if path.suffix in _KINDS else []
+        return [path] if path.suffix in KINDS else []
     if not path.is_dir() or any((path / name).exists() for name in (folders.STORE_MANIFEST, folders.MANIFEST)):
         return []
-    found = sorted(file for file in path.iterdir() if file.suffix in _KINDS)
+    found = sorted(file for file in path.iterdir() if file.suffix in KINDS)
     return [file for file in found if file.suffix == ".parquet"] or found  # metadata may lie beside parquet
 
 
