@@ -19,7 +19,9 @@
 # Two trainings started from one base: one on questions about the scene (VLM), one on actions (VLA). Their weight
 # changes are compared per module group in size and direction, and the gradients of the two losses at the base in
 # direction. Two random changes of so many parameters have a cosine very near zero, so that bar is low; two runs of
-# the *same* objective from other seeds would be the comparison that counts, and are not part of this report.
+# the *same* objective from other seeds are the comparison that counts: where `vlm4vla diverge --trajectory` was given
+# four recorded runs per arm, the step after which the arms part is told with its p; otherwise the lines below say that
+# there is no ceiling.
 
 # %% tags=["parameters"]
 divergence = "runs/walk/divergence"
@@ -39,6 +41,9 @@ figure = divergence_figure(weights, gradients)
 words = view.figure_words(weights)
 pages.show(figure, alt=words)
 
+# %%
+pages.table(view.verdict_table(told))
+
 # %% [markdown]
 # ## The weights
 #
@@ -55,6 +60,24 @@ pages.table(view.weight_table(weights))
 
 # %%
 pages.table(view.gradient_table(gradients), caption=view.gradient_words(told))
+
+# %% [markdown]
+# ## A step on one objective, and the losses of both
+#
+# One step of a thousandth of the weights' norm, along the gradient of one half-batch; losses of another one.
+
+# %%
+pages.table(view.interference_table(told))
+
+# %% [markdown]
+# ## What else was measured
+#
+# Every panel shows its null and its ceiling where there is one.
+
+# %%
+from IPython.display import display
+
+display(*[pages.show(picture, alt=words) for picture, words in view.further_figures(params.divergence)])
 
 # %%
 pages.finish(

@@ -148,11 +148,11 @@ def parting(
         raise InputError(f"{len(names)} arms, and two are compared", fix="give runs of two kinds of training")
     first = first or ("language" if "language" in names else names[0])
     side = np.array([arm == first for arm in arms])
-    steps, seeds = np.asarray(steps), np.asarray(seeds)
+    steps, drawn = np.asarray(steps), np.asarray(seeds)
     for name, value in moved.items():
         if value.ndim != 3 or value.shape[:2] != (len(side), len(steps)):
             raise InputError(f"displacements {value.shape} are not ({len(side)}, {len(steps)}, k)", where=name)
-    apart = (seeds[:, None] != seeds).astype(float)  # pairs that count
+    apart = (drawn[:, None] != drawn).astype(float)  # pairs that count
     grams = np.stack([np.einsum("itk,jtk->tij", value, value) for value in moved.values()])  # (U, T, n, n)
     enough = min(side.sum(), (~side).sum()) >= MIN_SEEDS
     labels = labellings(side, seed) if enough else side[None]

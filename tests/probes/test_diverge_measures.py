@@ -18,6 +18,7 @@ from probes.interference import interference
 from probes.interpolation import barrier, losses_between, shared_weights, task_arithmetic
 from probes.losses import measuring, policy_losses
 from probes.spectra import overlap, spectral_divergence, spectrum
+from probes.trajectories import read_trajectories
 from probes.weights import kind_of
 from vlm4vla_core.actions import TABLETOP
 from vlm4vla_core.backbone import tiny
@@ -201,7 +202,7 @@ def test_ends_of_the_lines_are_the_checkpoints(room: Path) -> None:
     with measuring(policy), shared_weights(policy.backbone, room / "base", room / "vlm", room / "vla") as ends:
         assert set(ends[0]) == set(losses.groups)
         found = losses_between(losses.parameters, ends, every, points=3, batches=2)
-        own = {name: [float(loss(k, 0)) for k in range(2)] for name, loss in every.items()}
+        own = {name: [loss(k, 0).item() for k in range(2)] for name, loss in every.items()}
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     places = found.lines["B→C"][0]
     for name, values in own.items():
@@ -224,3 +225,32 @@ def test_the_whole_verb(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"kinds.parquet", "spectra.parquet", "lines.png", "gradients.svg"} <= {path.name for path in out.iterdir()}
     assert main(["diverge", *command[1:7], "--out", str(out), "--interpolate", "3"]) == 2
     assert "--interpolate without --vla-data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_recorded_runs_of_two_arms_and_four_seeds(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight real trainings from one checkpoint; displacements by sketches are as long as those of the weights."""
+    base, runs = room / "base", []
+    for objective in ("language", "action"):
+        for seed in range(4):
+            runs.append(room / f"{objective}-{seed}")
+            recipe = room / f"{objective}-{seed}.toml"
+            recipe.write_text(
+                f'backbone = "{base}"\nobjective = "{objective}"\nseed = {seed}\nmax_steps = 8\nbatch_size = 4\n'
+                'val_rows = 4\nsnapshots = "sketch"\nlr = 0.001\nwarmup_steps = 0\n'
+            )
+            assert main(["train", str(recipe), "--data", str(room / "store"), "--out", str(runs[-1])]) == 0
+    capsys.readouterr()
+    ends = ["--base", str(base), "--vlm", str(runs[0]), "--vla", str(runs[-1])]
+    assert main(["diverge", *ends, "--trajectory", *map(str, runs), "--out", str(room / "paths")]) == 0
+    print(capsys.readouterr().out)
+    told = json.loads((room / "paths" / "divergence.json").read_text())
+    weights = weight_divergence(base, runs[0], runs[-1])
+    paths = read_trajectories(runs)
+    assert list(paths.steps) == [1, 2, 4, 8]
+    by_group = weights.groups
+    for group in ("vision.0", "decoder.0"):
+        assert np.linalg.norm(paths.moved[group][0, -1]) == pytest.approx(np.sqrt(by_group[group].a), rel=0.25)
+        assert np.linalg.norm(paths.moved[group][-1, -1]) == pytest.approx(np.sqrt(by_group[group].c), rel=0.25)
+    assert {row["module"] for row in told["parting"]} >= {"vision tower", "decoder", "all"}
+    assert not any("head" in group or "query" in group for group in paths.moved)

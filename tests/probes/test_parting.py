@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from probes.parting import labellings, parting
+from probes.report.views import training_divergence
 from probes.trajectories import path_shares, read_trajectories
 from vlm4vla_core import folders
+from vlm4vla_core.cli import main
 from vlm4vla_core.errors import InputError
 
 STEPS = 2 ** np.arange(9)
@@ -173,6 +175,31 @@ def test_runs_are_read_without_head_and_checked(tmp_path: Path) -> None:
     (tmp_path / "bare" / "run.json").write_text((runs[0] / "run.json").read_text())
     with pytest.raises(InputError, match="recorded no snapshots"):
         read_trajectories([*runs, tmp_path / "bare"])
+
+
+def test_the_verb_tells_where_the_arms_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(13)
+    moved, start = paths(rng, part=5, signal=1.5), rng.normal(size=128)
+    runs = [run(tmp_path / f"r{i}", "language" if i < 4 else "action", i % 4, moved[i], start) for i in range(8)]
+    for name in "bac":
+        save_file({"layers.0.w": rng.normal(size=(4, 4)).astype(np.float32)}, tmp_path / f"{name}.safetensors")
+    command = ["diverge", "--out", str(tmp_path / "out")]
+    for flag, name in (("--base", "b"), ("--vlm", "a"), ("--vla", "c")):
+        command += [flag, str(tmp_path / f"{name}.safetensors")]
+    assert main([*command, "--trajectory", *map(str, runs)]) == 0
+    text = capsys.readouterr().out
+    assert "vision tower: the arms part after step 16 (" in text and "PCA of the joint path" in text
+    told = json.loads((tmp_path / "out" / "divergence.json").read_text())
+    assert {row["module"] for row in told["parting"]} == {"vision tower", "decoder", "all"}
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"trajectory.parquet", "trajectory.png", "path.svg", "path_shares.parquet", "moved.parquet"} <= made
+    figures = training_divergence.further_figures(tmp_path / "out")
+    assert len(figures) == 2 and all(words for _, words in figures)
+    assert list(training_divergence.verdict_table(told)["module"]) == ["vision tower", "decoder", "all"]
+    assert main([*command, "--trajectory", *map(str, runs)]) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert main([*command[:2], str(tmp_path / "few"), *command[3:], "--trajectory", *map(str, runs[1:])]) == 0
+    assert "not estimable with 3 and 4 seeds" in capsys.readouterr().out
 
 
 # --- simulations with known truth -------------------------------------------------------------------------

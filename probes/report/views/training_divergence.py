@@ -12,6 +12,7 @@ from vlm4vla_core import folders
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 def open_inputs(folder: Path) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame | None]:
@@ -122,6 +123,60 @@ def gradient_table(gradients: pd.DataFrame | None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def verdict_table(told: Mapping[str, Any]) -> pd.DataFrame:
+    """One line per module: where the arms part, or why that is not known."""
+    import pandas as pd
+
+    lines = [line.split(": ", 1) for line in told.get("verdict", ())]
+    return pd.DataFrame(lines, columns=["module", "at a glance"])
+
+
+def interference_table(told: Mapping[str, Any]) -> pd.DataFrame:
+    """What one step on one objective does to the loss of each, in per cent of the loss."""
+    import pandas as pd
+
+    rows = []
+    for row in told.get("interference", ()):
+        scale = 100 * row["relative"] / row["change"] if row["change"] else 0.0
+        rows.append(
+            {
+                "step": "plain gradient" if row["form"] == "raw" else "AdamW's first",
+                "on": row["step_on"],
+                "loss of": row["loss_of"],
+                "change, %": signed(scale * row["change"], 3),
+                "95 % interval": span(scale * row["low"], scale * row["high"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def further_figures(folder: Path) -> list[tuple[Figure, str]]:
+    """Figures of what `vlm4vla diverge` measured beyond weights and gradients at the base, with words for each."""
+    from probes.figures_divergence import gradients_figure, lines_figure, parting_figure, path_figure
+    from vlm4vla_core.results import read_table
+
+    tables = {path.stem: read_table(path) for path in folder.glob("*.parquet")}
+    found = []
+    if "gradients_all" in tables:
+        words = "Noise-corrected gradient cosines per module group, with bands over batches; null 0, ceiling 1."
+        found.append((gradients_figure(tables["gradients_all"]), words))
+    if "trajectory" in tables:
+        words = (
+            "Corrected cosine of both arms' displacements over steps with floor and ceiling, and the excess distance."
+        )
+        found.append((parting_figure(tables["trajectory"], tables["parting"]), words))
+        path = tables["path"]
+        runs = path["run"].nunique()
+        points = path[["first", "second"]].to_numpy().reshape(runs, -1, 2)
+        arms = tuple(path.groupby("run", sort=False)["arm"].first())
+        words = "All runs on the first two principal components, and their shares beside walks without a plan."
+        found.append((path_figure(points, tables["path_shares"], arms), words))
+    if "lines" in tables:
+        words = "Both losses on the straight lines between base, VLM- and VLA-trained weights, with barriers."
+        found.append((lines_figure(tables["lines"], tables["barriers"]), words))
+    return found
+
+
 def figure_words(weights: pd.DataFrame) -> str:
     """What the divergence figure shows, for readers who do not see it."""
     return (
@@ -150,4 +205,6 @@ def badges(told: Mapping[str, Any]) -> list[str]:
 
 def numbers(told: Mapping[str, Any]) -> dict[str, Any]:
     """What the page rests on, as JSON values."""
-    return {key: told[key] for key in ("total", "weights", "gradients", "head", "unmatched", "excluded")}
+    known = {key: told[key] for key in ("total", "weights", "gradients", "head", "unmatched", "excluded")}
+    further = ("verdict", "interference", "barriers", "parting", "path_shares", "spread")
+    return known | {key: told[key] for key in further if key in told}
