@@ -39,7 +39,7 @@ def again(folder: Path, number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sheet(path: Path, number: int = 60) -> None:
+def sheet(path: Path, number: int = 30) -> None:
     """One right and one wrong answer of each kind of `SHOWN`, the first of `number` questions, as a picture."""
     import matplotlib
 
