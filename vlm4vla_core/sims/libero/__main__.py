@@ -4,4 +4,5 @@ import sys
 
 from vlm4vla_core.sims.libero.assets import fetch
 
-sys.exit(fetch())
+if __name__ == "__main__":
+    sys.exit(fetch())
