@@ -45,7 +45,7 @@ def parting_figure(rows: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
         if known["parted_after"] == known["parted_after"] and known["p_all"] <= 0.05:
             axis.axvline(_place(steps, known["parted_after"]) + 0.5, color=PALETTE[3], linewidth=1.2, label="they part")
         axis.set_title(module if known["p_all"] == known["p_all"] else f"{module} (seeds too few)")
-        axis.set_ylim(min(-0.3, *own["cosine"].fillna(0)), 1.25)
+        axis.set_ylim(min(-0.3, 1.2 * own["cosine"].min()), 1.25)
         axis.set_xticks(place, steps, rotation=60)
     for axis in list(axes[:-1].flat)[len(modules) :]:
         axis.set_axis_off()
