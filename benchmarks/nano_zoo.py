@@ -12,6 +12,7 @@ import argparse
 import datetime
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def sheet(path: Path, number: int = 30) -> None:
             question = items[index].question.split(":")[0].split(", ")[0].rstrip("?") + "?"
             truth = "" if wanted else f"\n(right: {items[index].answer})"
             colour = "darkgreen" if wanted else "firebrick"
-            axis.set_title(f"{question}\n{said[index]}{truth}", fontsize=9, color=colour)
+            axis.set_title(f"{textwrap.fill(question, 30)}\n{said[index]}{truth}", fontsize=9, color=colour)
     figure.suptitle("First right (above) and wrong (below) answers of the default nano VLM on held-out scenes")
     figure.tight_layout()
     figure.savefig(path, dpi=70)
