@@ -156,7 +156,7 @@ def parting(
     grams = np.stack([np.einsum("itk,jtk->tij", value, value) for value in moved.values()])  # (U, T, n, n)
     enough = min(side.sum(), (~side).sum()) >= MIN_SEEDS
     labels = labellings(side, seed) if enough else side[None]
-    maxima = np.nanmax(np.nan_to_num(excess(grams, labels, apart), nan=-np.inf), axis=2)  # (L, U)
+    maxima = np.nan_to_num(excess(grams, labels, apart), nan=-np.inf, posinf=np.inf).max(2)  # (L, U)
     whole = maxima.max(1)
     found = {}
     for number, (name, value) in enumerate(moved.items()):
@@ -237,8 +237,9 @@ def _module(
     return ModuleParting(
         name=name, seeds=(int(side.sum()), int((~side).sum())), steps=steps,
         cosine=estimate, cosine_low=estimate - half, cosine_high=estimate + half,
-        naive=naive, same_a=same_a, same_c=same_c, ceiling_low=halves.min(0), ceiling_high=halves.max(0),
-        floor=floor, random=random, norm_matched=_norm_matched(moved, side, apart),
+        naive=naive, same_a=same_a, same_c=same_c,
+        ceiling_low=np.fmin.reduce(halves), ceiling_high=np.fmax.reduce(halves), floor=floor, random=random,
+        norm_matched=_norm_matched(moved, side, apart),
         excess=over, critical=critical, p=p, p_all=p_all, shared=shared, parted=parted,
     )  # fmt: skip
 
@@ -278,8 +279,7 @@ def _halves(gram: np.ndarray, side: np.ndarray, apart: np.ndarray) -> np.ndarray
         split = np.zeros(len(runs), bool)
         split[: len(runs) // 2] = True
         found.append(corrected(_of(gram, runs), labellings(split), _of(apart, runs)))
-    joined = np.concatenate(found[1:] or found)
-    return np.where(np.isfinite(joined), joined, np.nanmean(joined, axis=0) if len(found) > 1 else np.nan)
+    return np.concatenate(found)
 
 
 def _random(moved: np.ndarray, side: np.ndarray, gram: np.ndarray, apart: np.ndarray) -> np.ndarray:
@@ -353,7 +353,7 @@ def _shared(
     if end < 0:
         return When(None, None, None)
     early = _from_then_on(cosine + half < 1)
-    late = _from_then_on(cosine <= np.nanmin(null, axis=0) + 1e-12)  # exchanged names give the same cosine
+    late = _from_then_on(cosine <= np.fmin.reduce(null) + 1e-12)  # exchanged names give the same cosine
     low = max(min(end, last - 1 if early is None else early - 1), 0)
     high = None if late is None else max(int(late), end)
     return When(int(steps[end]), int(steps[low]), None if high is None else int(steps[min(high, last - 1)]))
