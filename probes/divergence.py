@@ -151,8 +151,9 @@ def _compare(name: str, tensors: list[Tensor]) -> Sums:
         b, da, dc = (tensor[start : start + PIECE].to(exact) for tensor in (base, a, c))
         da, dc = da - b, dc - b
         both = da * dc
-        signs = (int(torch.count_nonzero(both)), int(torch.count_nonzero(both > 0)))
-        parts.append(Sums(b.numel(), *(float(x.dot(y)) for x, y in ((b, b), (da, da), (dc, dc), (da, dc))), *signs))
+        moved, agreed = int(torch.count_nonzero(both)), int(torch.count_nonzero(both > 0))
+        bb, aa, cc, ac = (float(x.dot(y)) for x, y in ((b, b), (da, da), (dc, dc), (da, dc)))
+        parts.append(Sums(b.numel(), bb, aa, cc, ac, moved, agreed))
     sums = _added(parts)
     if not np.isfinite(sums).all():
         raise InputError("weights are NaN or infinite", where=name)
@@ -190,9 +191,8 @@ def gradient_divergence(
     from probes.losses import measuring, policy_losses
 
     losses = policy_losses(policy, questions_from, actions_from, batch_size=batch_size, seed=seed, fast=fast)
-    third = {"loss_f": losses.fast} if fast else {}
     with measuring(policy):
         return gradient_cosines(
-            losses.parameters, losses.groups, losses.language, losses.action, **third,
+            losses.parameters, losses.groups, losses.language, losses.action, loss_f=losses.fast,
             batches=batches, pilots=pilots, memory_gb=memory_gb, seed=seed, progress=progress,
         )  # fmt: skip

@@ -107,7 +107,7 @@ def spectral_divergence(
                     "rows": start.shape[0], "columns": start.shape[1],
                     "effective_rank_a": found[0].effective_rank, "effective_rank_c": found[1].effective_rank,
                     "explained_a": found[0].explained, "explained_c": found[1].explained, "rank": shared,
-                    "overlap": overlap(*found, shared) if moved else float("nan"),
+                    "overlap": overlap(found[0], found[1], shared) if moved else float("nan"),
                     "overlap_null": shared / start.shape[0],
                 }
             )  # fmt: skip
