@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from probes.glance import module_of
-from probes.weights import network_order
+from probes.weights import NEW, network_order
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NEW = ("head", "query")  # parts that no base has
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _WRAPPERS = ("backbone.", "base.")  # of this project's checkpoints, around the headless base
 _PARTS = ("vision", "projector", "embeddings", "decoder", "lm_head")
 HEAD = "lm_head.weight"
+NEW = ("head", "query", "dense")  # first parts of the names of what no published VLM has
 _KINDS = {
     "norm": ("norm", "ln_", "ln1", "ln2", "layernorm"),
     "attention": ("attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj", "qkv", "out_proj"),
@@ -37,7 +38,8 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Open weights of one checkpoint. names: readable name -> (file, name in it). excluded: those of head and query."""
+    """Open weights of one checkpoint. names: readable name -> (file, name in it). excluded: those of head,
+    query and dense heads."""
 
     names: dict[str, tuple[Path, str]]
     excluded: frozenset[str]
@@ -79,7 +81,7 @@ def open_weights(path: Path, family: FamilySpec | None = None) -> Iterator[Weigh
         if any(".lora_" in name for name in names):
             fix = "write it without adapters first (vlm4vla_core.lora.export_merged)"
             raise InputError("this checkpoint has adapters, whose weights stand apart", where=path, fix=fix)
-        excluded = frozenset(name for name in names if name == "query" or name.split(".")[0] == "head")
+        excluded = frozenset(name for name in names if name.split(".")[0] in NEW)
         weights = Weights(names, excluded, family, handles)
         if family and HEAD in names and (words := f"{family.embeddings}.weight") in names:
             head, rows = weights.tensor(HEAD), weights.tensor(words)
