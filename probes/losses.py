@@ -89,7 +89,7 @@ def _fast_loss(policy: VLAPolicy, store: EpisodeStore, frames: np.ndarray, demon
     from torch.nn.functional import cross_entropy
 
     from vlm4vla_core.fast import fit_store
-    from vlm4vla_core.text_objectives import _TOKENS_QUESTION, action_token_ids
+    from vlm4vla_core.text_objectives import TOKENS_QUESTION, action_token_ids
 
     backbone = policy.backbone
     ids = action_token_ids(backbone, 1024)
@@ -99,7 +99,7 @@ def _fast_loss(policy: VLAPolicy, store: EpisodeStore, frames: np.ndarray, demon
     def loss(k: int, half: int) -> Tensor:
         images, told, chunks, _ = demonstrated(2, k, half)
         answers = [[ids[token] for token in answer] for answer in tokenizer.encode(chunks)]
-        batch = backbone.collate_answers(images, [_TOKENS_QUESTION.format(text) for text in told], answers)
+        batch = backbone.collate_answers(images, [TOKENS_QUESTION.format(text) for text in told], answers)
         return cross_entropy(*backbone.answer_logits(batch))
 
     return loss

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlm4vla_core.vqa import Question
 
 FAST_FILE = "fast.json"
-_TOKENS_QUESTION = 'The task is "{}". Which action tokens carry it out?'  # as `vqa.embodied` asks
+TOKENS_QUESTION = 'The task is "{}". Which action tokens carry it out?'  # as `vqa.embodied` asks
 
 
 def language_objective(config: TrainConfig, data: Data, backbone: Backbone) -> Objective:
@@ -88,7 +88,7 @@ def fast_objective(config: TrainConfig, data: Data, backbone: Backbone) -> Objec
         mine = draw.part(part)
         chunks, _ = data.actions(mine, config.chunk)
         answers = [[ids[token] for token in answer] for answer in tokenizer.encode(chunks)]
-        return backbone.collate_answers(images, [_TOKENS_QUESTION.format(text) for text in data.texts(mine)], answers)
+        return backbone.collate_answers(images, [TOKENS_QUESTION.format(text) for text in data.texts(mine)], answers)
 
     def read(written: list[list[int]]) -> dict[str, Any]:
         truth, mask = data.actions(data.val, config.chunk)

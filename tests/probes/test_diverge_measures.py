@@ -173,7 +173,7 @@ def test_a_barriers_interval_covers_the_truth() -> None:
         values = (4 * shares * (1 - shares))[:, None] + rng.normal(size=12) + 0.3 * rng.normal(size=(5, 12))
         low, high = barrier(values, shares, resamples=300, seed=trial).interval
         hits += low <= 1 <= high
-    assert hits >= 82  # percentile bootstrap over 12 batches; measured 88
+    assert hits >= 82  # percentile bootstrap over 12 batches
 
 
 # --- a real model -----------------------------------------------------------------------------------------
