@@ -289,3 +289,12 @@ def test_a_policy_trained_on_a_b_c_and_watched_on_d_has_not_seen_d(tmp_path):
     config = read_json(resolve(run) / "config.json")
     found = json.dumps(config)
     assert '"domains": ["A", "B", "C"]' in found
+
+
+def test_a_checkout_can_be_named_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALVIN_ROOT", str(tmp_path / "elsewhere"))
+    from vlm4vla_core.verbs.evaluate import Args
+    from vlm4vla_core.verbs.evaluate import run as evaluate
+
+    with pytest.raises(InputError, match="mine has no calvin_env"):
+        evaluate(Args("calvin-abc-d@1", "scripted", episodes=1, calvin_root=tmp_path / "mine", out=tmp_path / "rows"))

@@ -11,6 +11,7 @@ nothing that an earlier episode left behind.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import util
@@ -182,3 +183,10 @@ def where(module: str, environment: str) -> str:
 def packages(environment: str, module: str) -> list[Path]:
     """Folders of a package in the simulator's own environment: one, or none."""
     return list((folders.project_root() / f".venv-{environment}" / "lib").glob(f"python*/site-packages/{module}"))
+
+
+def name_folders(assets: Path | None, calvin_root: Path | None) -> None:
+    """Tell this process and its workers where the simulators' files are; what is None stays as the environment says."""
+    for variable, folder in (("VLM4VLA_SIM_ASSETS", assets), ("CALVIN_ROOT", calvin_root)):
+        if folder is not None:
+            os.environ[variable] = str(folder.resolve())

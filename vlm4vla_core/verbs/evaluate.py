@@ -10,7 +10,6 @@ Example: vlm4vla evaluate runs/walk/vla --benchmark tabletop-tasks@1 --tasks mov
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +54,8 @@ class Args:
     """NAME=VALUE of a simulator's protocol, such as settle=acting crop=0.9 (docs/simulators.md)."""
     assets: Path | None = None
     """Folder with the simulators' assets (libero/, simpler/, calvin/); else VLM4VLA_SIM_ASSETS and their own places."""
+    calvin_root: Path | None = None
+    """CALVIN's checkout; else CALVIN_ROOT."""
     device: str = "cpu"
     """Where a checkpoint predicts: cpu, cuda, cuda:1."""
     workers: int | None = None
@@ -86,11 +87,11 @@ def run(args: Args) -> int:
     from vlm4vla_core.evaluation import Plan, evaluate, film, merge
     from vlm4vla_core.film import check_ending
     from vlm4vla_core.results import wilson
+    from vlm4vla_core.sims.simulator import name_folders
 
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
-    if args.assets:
-        os.environ["VLM4VLA_SIM_ASSETS"] = str(args.assets.resolve())
+    name_folders(args.assets, args.calvin_root)
     one_film = Path(args.video) if args.video and not args.video.isdigit() else None
     if one_film:
         check_ending(one_film)

@@ -9,7 +9,6 @@ Example: vlm4vla record tabletop --episodes 400 --tasks move touch --out stores/
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +57,8 @@ class Args:
     """NAME=VALUE of a simulator's protocol, as for `evaluate`."""
     assets: Path | None = None
     """Folder with the simulators' assets, as for `evaluate`."""
+    calvin_root: Path | None = None
+    """CALVIN's checkout; else CALVIN_ROOT."""
     workers: int | None = None
     """Processes; by default up to one per core, as far as there is work. The bytes are the same for any number."""
     video: Path | None = None
@@ -103,12 +104,12 @@ def _simulator(args: Args) -> int:
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.episodes.writer import Recipe
     from vlm4vla_core.sims import recording, simulators
+    from vlm4vla_core.sims.simulator import name_folders
 
     known = simulators()
     if args.world not in known:
         raise InputError(f"nothing can be recorded in '{args.world}'", fix=nearest(args.world, ("tabletop", *known)))
-    if args.assets:
-        os.environ["VLM4VLA_SIM_ASSETS"] = str(args.assets.resolve())
+    name_folders(args.assets, args.calvin_root)
     if args.episodes < 1 or args.seed < 0 or not 0 <= (args.noise or 0.0) <= 1:
         raise InputError("--episodes has to be at least 1, --seed not negative, --noise between 0 and 1")
     bench = known[args.world]

@@ -46,7 +46,7 @@ def missing() -> list[str]:
     """What is missing of the checkout, one line; nothing when it is there."""
     root = named()
     if root is None:
-        return [f"CALVIN's checkout: `{_CLONE}`, and set {VARIABLE} to the folder"]
+        return [f"CALVIN's checkout: `{_CLONE}`, and name the folder by --calvin-root or {VARIABLE}"]
     if gone := [name for name in _NEEDED if not (root / name).is_file()]:
         fix = "git submodule update --init" if gone == [_NEEDED[0]] else _CLONE
         return [f"CALVIN's checkout in {root} has no {gone[0]}: `{fix}`"]
