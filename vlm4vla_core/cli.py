@@ -62,7 +62,20 @@ def _usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (the console script passes it to the shell)."""
+    """Run one verb; returns the exit code (the console script passes it to the shell).
+
+    One of several processes under torchrun ends right here: torn down by the interpreter while torch's threads for
+    talking to the others are alive, now and then one aborts after all its work is done.
+    """
+    code = _run(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch.distributed" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
