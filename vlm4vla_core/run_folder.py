@@ -29,13 +29,14 @@ STOPPED = "stopped.json"
 def run_inputs(config: TrainConfig, data: Sequence[Path]) -> dict[str, str]:
     """Fingerprints of what a run is made from: its stores or question files and, where given, its backbone. Raises
     InputError."""
-    inputs = {"data": "+".join(_data_fingerprint(path) for path in data)}
+    inputs = {"data": "+".join(data_fingerprint(path) for path in data)}
     if config.backbone not in DRAWN:
         inputs["backbone"] = backbone_fingerprint(config.backbone)
     return inputs
 
 
-def _data_fingerprint(path: Path) -> str:
+def data_fingerprint(path: Path) -> str:
+    """What stands for a store or question files in identities. Raises InputError when they are not there."""
     if question_files(path):
         return fingerprint(path)
     if not path.exists() and path.suffix in KINDS:

@@ -144,6 +144,28 @@ def test_written_settings_come_back_as_the_same_configuration(tmp_path):
         assert make_config(str(tmp_path / CONFIG)) == job.config.model_copy(update={"backbone": "tiny"})
 
 
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "studies").glob("paper_*.toml")), ids=lambda p: p.stem
+)
+def test_the_papers_studies_can_be_planned(path):
+    plan = expand(read_study(path))
+    assert plan.cells and {cell.seed for cell in plan.cells} >= {123, 124, 125}  # never one training seed
+    assert all(cell.execute for cell in plan.cells)  # fixed beforehand
+    models = {"paper_capability": 10, "paper_freezing": 3, "paper_scratch": 3}.get(path.stem, 1)
+    assert len({cell.backbone for cell in plan.cells}) == models
+
+
+def test_a_drawn_backbone_keeps_its_name_and_size(tmp_path):
+    nano = STUDY.replace(
+        'name = "qwen"\nset = { image_size = 56 }', 'name = "qwen"\nsource = "nano"\nset = { size = "xs" }'
+    )
+    plan = planned(tmp_path, nano)
+    job = next(job for job in plan.jobs.values() if job.name.startswith("full-qwen"))
+    write_toml(tmp_path / CONFIG, job.config)
+    assert 'backbone = "nano"' in (tmp_path / CONFIG).read_text() and job.spec["settings"]["size"] == "xs"
+    assert job.id not in planned(tmp_path).jobs
+
+
 # --- states and the order of work
 
 

@@ -36,7 +36,7 @@ class Data(_Table):
     options: dict[str, Any] = Field(default_factory=dict)
     """…with these options."""
     store: str = ""
-    """Or a store that is there, relative to the study's file."""
+    """Or a store or question files that are there, relative to the study's file."""
     fingerprint: str = ""
     """Of a given store: what its manifest says; for looking at results where the store is not."""
 
@@ -52,7 +52,7 @@ class Backbone(_Table):
 
     name: str
     source: str = "tiny"
-    """`tiny`, a checkpoint or Hugging Face folder relative to the study's file or shipped, or a hub id."""
+    """`tiny` or `nano`, a checkpoint or Hugging Face folder relative to the study's file or shipped, or a hub id."""
     lineage: str = ""
     """What models made alike share; the family when left out."""
     set: dict[str, Any] = Field(default_factory=dict)

@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.presets import TrainConfig, make_config
+from vlm4vla_core.presets import DRAWN, TrainConfig, make_config
 from vlm4vla_core.study.declare import ALL, Arm, Backbone, Benchmark, Study
 
 PRODUCT = "product"  # folder of what the verb made, inside the job's
@@ -188,7 +188,7 @@ def _train(
     more: dict[str, dict[str, str]] = {key: {**store.get(key, {}), **start.get(key, {})} for key in ("needs", "given")}
     # What is left at its default is not part of the id, or every new setting would disown all earlier rows.
     changed = set(config.model_dump(exclude_defaults=True))
-    settings = {key: value for key, value in config.identity().items() if key in changed and key != "backbone"}
+    settings = {key: value for key, value in config.identity().items() if key in changed}
     spec = {"settings": settings, "given": _given(plan, more)}
     return plan.add("train", name, spec, **more, config=config, gpus=study.resources.train_gpus)
 
@@ -206,16 +206,18 @@ def _given(plan: Plan, role: dict[str, Any]) -> dict[str, str]:
 
 
 def store_fingerprint(store: Path) -> str:
-    """Fingerprint of a store, empty where there is none."""
+    """Fingerprint of a store or of question files, empty where there are none."""
+    from vlm4vla_core.run_folder import data_fingerprint
+
     try:
-        return str(folders.read_manifest(store, "episodes", name=folders.STORE_MANIFEST)["fingerprint"])
+        return data_fingerprint(store)
     except InputError:
         return ""
 
 
 def _source(study: Study, backbone: Backbone) -> dict[str, Any]:
-    """The role `backbone`: nothing for a tiny one, else a path or hub id. Raises InputError on a missing folder."""
-    if backbone.source == "tiny":
+    """The role `backbone`: nothing for one drawn from a seed, else a path or hub id. Raises InputError when missing."""
+    if backbone.source in DRAWN:
         return {}
     beside = study.folder / backbone.source
     if beside.exists():
@@ -241,7 +243,7 @@ def _earlier(
 
 def _own(study: Study, arm: Arm, backbone: Backbone, seed: int, *, first: bool) -> dict[str, Any]:
     """The settings that the study decides; the backbone's source says which family it is."""
-    source = _source(study, backbone).get("given", {}).get("backbone", "tiny")
+    source = _source(study, backbone).get("given", {}).get("backbone", backbone.source)
     return {"seed": seed, "backbone": source, **({"init": arm.init} if first else {})}
 
 
@@ -315,12 +317,14 @@ def _probes(plan: Plan, study: Study, stores: dict[str, Any]) -> None:
 
 
 def write_toml(path: Path, config: TrainConfig) -> None:
-    """A training's settings as TOML, but for its backbone. JSON's values are TOML's, tables aside."""
+    """A training's settings as TOML, but for a backbone that is given. JSON's values are TOML's, tables aside."""
 
     def text(value: Any) -> str:
         if isinstance(value, dict):
             return "{" + ", ".join(f"{json.dumps(key)} = {text(one)}" for key, one in value.items()) + "}"
         return json.dumps(value)
 
-    settings = folders.as_json(config.model_dump(exclude_defaults=True, exclude={"backbone"}))
+    settings = folders.as_json(
+        config.model_dump(exclude_defaults=True, exclude=set() if config.backbone in DRAWN else {"backbone"})
+    )
     path.write_text("".join(f"{key} = {text(value)}\n" for key, value in settings.items()), encoding="utf-8")

@@ -77,7 +77,7 @@ def look(plan: Plan, out: Path) -> Status:
 def _ready(job: Job, plan: Plan, states: dict[str, State]) -> State:
     """A job that has not begun: whether it can."""
     for role, where in job.given.items():
-        if role == "data" and not (Path(where) / folders.STORE_MANIFEST).is_file():
+        if role == "data" and not Path(where).exists():
             return State("blocked", f"{MISSING} {where}")
     before = [(plan.jobs[one], states[one]) for one in job.needs.values()]
     for need, state in before:
