@@ -74,6 +74,7 @@ def _own_kernel(folder: Path, scratch: Path, beside: Path) -> type:
             "IPYTHONDIR": str(scratch),
             "MPLBACKEND": "Agg",  # figures are shown by `pages.show`, never by themselves
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # small models are slower on many threads
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # of tqdm: a page has no use for its bars
             "PYTHONPATH": os.pathsep.join([str(beside), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         },
