@@ -442,3 +442,13 @@ def test_bad_input_of_the_diverge_verb(room: Path, tmp_path: Path, capsys: pytes
         line = capsys.readouterr().err
         assert told in line and line.count("\n") == 1, line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_of_the_dense_objective_are_no_part_of_what_is_compared(tmp_path: Path) -> None:
+    from probes.weights import open_weights
+
+    names = ("base.layer.weight", "dense.heads.presence.weight", "query", "denser.weight")
+    save_file({f"backbone.{name}": torch.ones(2, 2) for name in names}, tmp_path / "model.safetensors")
+    with open_weights(tmp_path / "model.safetensors") as weights:
+        assert set(weights.excluded) == {"dense.heads.presence.weight", "query"}
+        assert set(weights.names) - weights.excluded == {"layer.weight", "denser.weight"}
