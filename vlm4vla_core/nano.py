@@ -112,7 +112,7 @@ def _size(name: str) -> NanoSize:
 
 # --- configs ------------------------------------------------------------------------------------------------
 
-# The questions of `vqa.general` and their lists of options, each one token: a training step pays for what differs.
+# The questions of `vqa.general` and of the hand, and their options, each one token: a training step pays for what differs.
 _PHRASES = (
     "What color is the", ": red, green, blue, yellow, purple or cyan?",
     "What shape is the", " object: cube, ball or cylinder?",
@@ -121,6 +121,8 @@ _PHRASES = (
     "Which object is closest to the",
     "Where is the", ", in column one to eight and row one to six?",
     "List the objects from left to right.",
+    "Is the gripper", " left, middle or right?", " near, middle or far?", " low, middle or high?", " open?",
+    "Which object is nearest to the gripper?", " left or right of the gripper?",
 )  # fmt: skip
 
 

@@ -37,25 +37,79 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW; decay only on matrices (not on query, norms, biases or word embeddings). "rate": a group's own, if any."""
+    """AdamW, or Muon for the backbone's linear layers and AdamW for all else (`config.optimizer`).
+
+    Decay only on matrices (not on query, norms, biases or word embeddings). "rate": a group's own, if any.
+    """
     import torch
 
     backbone: Any = getattr(model, "backbone", model)
     seeing = {name for name, group in backbone.groups().items() if group.split(".")[0] in ("vision", "projector")}
     own = {"query": config.query_lr, "head": config.head_lr, "vision": config.vision_lr, "": None}
-    groups: dict[tuple[str, bool], list[Any]] = {}
+    linear = _linear(backbone) if config.optimizer == "muon" else set()
+    groups: dict[tuple[str, str], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = "query" if name.endswith("query") else "head" if name.startswith("head.") else ""
         part = "vision" if name.removeprefix("backbone.") in seeing else part
         decayed = parameter.ndim >= 2 and not name.endswith(("query", "embed_tokens.weight"))
-        groups.setdefault((part if own[part] is not None else "", decayed), []).append(parameter)
-    made = [
-        {"params": groups[part, decayed], "weight_decay": config.weight_decay if decayed else 0.0, "rate": own[part]}
-        for part, decayed in sorted(groups, key=lambda key: (key[0], not key[1]))
+        kind = "muon" if id(parameter) in linear else "decayed" if decayed else "plain"
+        groups.setdefault((part if own[part] is not None else "", kind), []).append(parameter)
+    made: list[dict[str, Any]] = [
+        {
+            "params": groups[part, kind],
+            "weight_decay": 0.0 if kind == "plain" else config.weight_decay,
+            "rate": own[part],
+            **({"muon": kind == "muon"} if linear else {}),
+        }
+        for part, kind in sorted(groups)
     ]
+    if linear:
+        return _muon_and_adamw(made, config)
     return torch.optim.AdamW(made, config.lr, config.betas, fused=True)
+
+
+def _linear(backbone: Any) -> set[int]:
+    """Weights of the backbone's linear layers: neither word embeddings that the output layer shares, nor adapters."""
+    import torch
+
+    shared = {id(module.weight) for module in backbone.modules() if isinstance(module, torch.nn.Embedding)}
+    left = shared.union(map(id, backbone.dense.parameters()) if backbone.dense is not None else ())
+    layers = {name: module for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {id(layer.weight) for name, layer in layers.items() if "lora_" not in name} - left
+
+
+def _muon_and_adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """torch's Muon (Jordan et al. 2024) and AdamW as one optimizer; a matrix's update is scaled to the size of AdamW's
+    (Moonshot 2025, arXiv 2502.16982), so that both share their rates."""
+    import torch
+
+    class MuonAndAdamW(torch.optim.Optimizer):
+        """Two optimizers over the groups and the state of one."""
+
+        def __init__(self) -> None:
+            super().__init__(groups, {"lr": config.lr})
+            self._share()
+
+        def _share(self) -> None:
+            chosen = [[group for group in self.param_groups if group["muon"] is muon] for muon in (True, False)]
+            self.both = [
+                torch.optim.Muon(chosen[0], config.lr, adjust_lr_fn="match_rms_adamw"),
+                *([torch.optim.AdamW(chosen[1], config.lr, config.betas, fused=True)] if chosen[1] else []),
+            ]
+            for one in self.both:
+                one.state = self.state
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self._share()
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for one in self.both:
+                one.step()
+
+    return MuonAndAdamW()
 
 
 def set_rates(config: TrainConfig, optimizer: torch.optim.Optimizer, step: int) -> float:

@@ -133,6 +133,8 @@ class TrainConfig(BaseModel):
     """Samples per step, of all processes together."""
     accumulate: int = Field(default=1, ge=1)
     """Parts that a process works through its samples in, one after the other, to save memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the linear layers of vision tower, projector and decoder, AdamW for all else."""
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     """Learning rate after warm-up."""
     query_lr: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -212,6 +214,8 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"cache_features needs {changed[0]} = {others[changed[0]]}")
         if self.patience and not self.val_every:
             raise ValueError("patience needs val_every")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError("muon needs whole matrices, which fsdp shares out; use ddp or adamw")
         if self.rollout_every and self.objective != "action":
             raise ValueError("rollout_every needs the action objective")
         if self.rollout_every and self.parallel == "fsdp":

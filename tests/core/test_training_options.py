@@ -83,6 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fast": {"objective": "fast"},
     "auxiliary": {"auxiliary": {"language": 0.5}, "questions": ("gripper",)},
     "ema": {"ema": 0.9, "query_lr": 1e-2, "head_lr": 1e-2, "workers": 3},
+    "muon": {"optimizer": "muon", "ema": 0.9, "vision_lr": 1e-4},
     "dropout": {"family": "kosmos2", "dropout": True, "image_size": 56},
     "bf16": {"precision": "bf16", "checkpoint_activations": True},
     "compile": {"compile": True, "pad_to": 48, "precision": "bf16"},
