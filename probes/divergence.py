@@ -10,7 +10,9 @@ objective from other seeds are the comparison that counts. The random null is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from vlm4vla_core.policy import VLAPolicy
 
 PIECE = 1 << 17  # elements at once: what a processor's cache holds, so that reading is what takes the time
+CHUNK = 32  # pieces that a thread takes at once
 
 
 # --- weights ------------------------------------------------------------------------------------------------
@@ -128,36 +131,66 @@ def describe(sums: Sums) -> dict[str, float]:
         }
 
 
-def weight_divergence(base: Path | str, a: Path | str, c: Path | str) -> WeightDivergence:
+def weight_divergence(
+    base: Path | str, a: Path | str, c: Path | str, *, progress: Callable[[int], Any] | None = None
+) -> WeightDivergence:
     """Compare two checkpoints with the base both started from, tensor by tensor.
 
     base, a, c: checkpoint, run or published folders, or single safetensors files. Files are mapped and read piece by
-    piece, so memory stays flat in the size of the model; pieces are added up in float64. Raises InputError for
-    unreadable files, a shape that differs (naming the tensor) and checkpoints without a common parameter.
+    piece by torch's number of threads, so memory stays flat in the size of the model; pieces are added up in float64.
+    progress: called with the number of parameters done. Raises InputError for unreadable files, a shape that differs
+    (naming the tensor) and checkpoints without a common parameter.
     """
-    with open_three(base, a, c) as three:
-        group_of = three.sides[0].group_of
-        parameters = {name: (group_of(name), _compare(name, three.tensors(name))) for name in three.names}
+    parameters = {}
+    with open_three(base, a, c) as three, _pool() as pool:
+        for name in three.names:
+            sums = _compare(name, three.tensors(name), pool)
+            parameters[name] = (three.sides[0].group_of(name), sums)
+            if progress:
+                progress(sums.n)
         return WeightDivergence(parameters, three.unmatched, three.excluded)
 
 
-def _compare(name: str, tensors: list[Tensor]) -> Sums:
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Torch's threads take chunks side by side; within one they would wait for each other at every sum."""
     import torch
 
-    exact = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
-    base, a, c = (tensor.reshape(-1) for tensor in tensors)
-    parts = []
-    for start in range(0, base.numel(), PIECE):
-        b, da, dc = (tensor[start : start + PIECE].to(exact) for tensor in (base, a, c))
-        da, dc = da - b, dc - b
-        both = da * dc
-        moved, agreed = int(torch.count_nonzero(both)), int(torch.count_nonzero(both > 0))
-        bb, aa, cc, ac = (float(x.dot(y)) for x, y in ((b, b), (da, da), (dc, dc), (da, dc)))
-        parts.append(Sums(b.numel(), bb, aa, cc, ac, moved, agreed))
-    sums = _added(parts)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, 8)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(name: str, tensors: list[Tensor], pool: ThreadPoolExecutor) -> Sums:
+    sums = _added(list(pool.map(_sums, *(tensor.reshape(-1).split(CHUNK * PIECE) for tensor in tensors))))
     if not np.isfinite(sums).all():
         raise InputError("weights are NaN or infinite", where=name)
     return sums
+
+
+def _sums(base: Tensor, a: Tensor, c: Tensor) -> Sums:
+    """Of one chunk (n,) of each, a piece at a time in the same buffers."""
+    import torch
+
+    exact = torch.float64 if base.dtype is torch.float64 else torch.float32
+    size = min(PIECE, base.numel())
+    three, product, mask = torch.empty(3, size, dtype=exact), torch.empty(size, dtype=exact), np.empty(size, bool)
+    parts = []
+    for pieces in zip(base.split(PIECE), a.split(PIECE), c.split(PIECE), strict=True):
+        n = len(pieces[0])
+        b, da, dc = three[:, :n]
+        for buffer, piece in zip((b, da, dc), pieces, strict=True):
+            buffer.copy_(piece)
+        three[1:, :n].sub_(b)
+        both, told = torch.mul(da, dc, out=product[:n]).numpy(), mask[:n]
+        moved, agreed = (int(np.count_nonzero(test(both, 0, out=told))) for test in (np.not_equal, np.greater))
+        bb, aa, cc, ac = (float(x.dot(y)) for x, y in ((b, b), (da, da), (dc, dc), (da, dc)))
+        parts.append(Sums(n, bb, aa, cc, ac, moved, agreed))
+    return _added(parts)
 
 
 def _added(parts: list[Sums]) -> Sums:

@@ -85,7 +85,7 @@ def open_weights(path: Path, family: FamilySpec | None = None) -> Iterator[Weigh
         weights = Weights(names, excluded, family, handles)
         if family and HEAD in names and (words := f"{family.embeddings}.weight") in names:
             head, rows = weights.tensor(HEAD), weights.tensor(words)
-            if head.shape == rows.shape and bool((head == rows).all()):
+            if head.dtype == rows.dtype and head.equal(rows):
                 del names[HEAD]
         yield weights
 
