@@ -243,33 +243,41 @@ FAMILIES = {
 
 
 def ship(checkpoint: Path, folder: Path, card: dict[str, Any]) -> None:
-    """Write a trained nano VLM as a checkpoint folder with weights in fp16 and `card.json`.
+    """Write a trained nano VLM, or a policy made of one, as a checkpoint folder with weights in fp16 and `card.json`.
 
-    Loading gives fp32 again (`load_backbone`). Dense heads stay behind. The card is completed by family, size,
-    parameters and the fingerprint of the stored weights. Raises InputError when the checkpoint is none, or a policy.
+    Loading gives fp32 again (`load_backbone`, `VLAPolicy.load`). Dense heads and training state stay behind, what was
+    measured on held-out data stays in the manifest. The card is completed by family, size, parameters and the
+    fingerprint of the stored weights. Nothing is written when the folder holds this already. Raises InputError when the
+    checkpoint is none.
     """
     from vlm4vla_core import checkpoint as checkpoints
     from vlm4vla_core import folders
+    from vlm4vla_core.text_objectives import FAST_FILE
 
     source = checkpoints.resolve(checkpoint)
     manifest = folders.read_manifest(source, checkpoints.KIND)
-    if manifest["facts"]["policy"]:
-        raise InputError("a policy is no VLM", where=source, fix="give the checkpoint of a language stage")
-    backbone = checkpoints.load_backbone(source)
+    policy: bool = manifest["facts"]["policy"]
+    model: Any = checkpoints.load_policy(source) if policy else checkpoints.load_backbone(source)
+    backbone = model.backbone if policy else model
     backbone.dense = None
-    half = {name: value.half() if value.is_floating_point() else value for name, value in backbone.state_dict().items()}
+    half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     kind, name, size = str(backbone.lineage["source"]).split()
     assert kind == "nano"
     facts = {
         "family": name,
         "size": size,
-        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights": fingerprint(half),
     }
+    files: dict[str, Any] = {CARD: folders.as_json({**card, **facts})}
+    if (source / FAST_FILE).is_file():
+        files[FAST_FILE] = folders.read_json(source / FAST_FILE)
+    made: dict[str, Any] = {"config": manifest["config"], "inputs": manifest["inputs"]}
+    if folders.current(folder, checkpoints.KIND, **made) and folders.read_json(folder / CARD) == files[CARD]:
+        return
     checkpoints.save(
-        folder, backbone, tensors=(half, {}), step=manifest["step"], config=manifest["config"],
-        inputs=manifest["inputs"], files={CARD: {**card, **facts}},
-    )  # fmt: skip
+        folder, model, tensors=(half, {}), step=manifest["step"], metrics=manifest["metrics"], files=files, **made
+    )
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
