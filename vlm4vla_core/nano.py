@@ -9,6 +9,7 @@ the frozen tower's features, then both together; docs/nano-zoo.md has the number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 IMAGE, PATCH = 112, 14  # pixels
 CARD = "card.json"
 _SOFTLY = 0.4
+_FAINTLY = 0.25
 _SCALE = 0.15  # of the last norm: with word embeddings of std 0.5, tied logits start near the uniform distribution
 
 
@@ -87,7 +89,6 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
     """`tiny.initialise`, and a small last norm that keeps tied logits near 0.
 
     Kosmos-2's decoder names its layers otherwise; it is to write into the residual stream as softly as the others' do.
-    Its latents are drawn with std 1: nearly equal ones would all ask for the same mean of the picture.
     """
     import torch
 
@@ -99,9 +100,38 @@ def initialise(base: Any, spec: FamilySpec, generator: torch.Generator) -> None:
         for name, parameter in base.get_submodule(spec.layers).named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 parameter.mul_(_SOFTLY)
-        for name, parameter in base.named_parameters():
-            if name.endswith("latent_query"):
-                parameter.normal_(generator=generator)
+    if hasattr(base, "image_to_text_projection"):
+        _place_latents(base, generator)
+
+
+def _place_latents(base: Any, generator: torch.Generator) -> None:
+    """Let each latent of Kosmos-2's resampler begin by looking at its own cell of a square grid.
+
+    Nearly equal latents would all ask for the same mean of the picture, and stay there. A latent is therefore what the
+    tower says of its cell in a picture of nothing, where patches differ by position alone; queries and keys begin
+    alike, so that like finds like. Latents are keys, too, and are kept small, for each would find itself; patches arrive
+    with length 1, and their positions, drawn as the library draws them, would be lost beside what they show.
+    """
+    import torch
+
+    projection, size = base.image_to_text_projection, base.config.vision_config
+    seen: list[torch.Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        base.vision_model.get_submodule("model.embeddings.position_embedding").weight.normal_(generator=generator)
+        base.get_image_features(torch.zeros(1, 3, size.image_size, size.image_size))
+        hook.remove()
+        projection.dense.weight.mul_(math.sqrt(size.hidden_size))
+        grid, side = size.image_size // size.patch_size, math.isqrt(base.config.latent_query_num)
+        places = projection.dense(seen[0][0, 1:]).unflatten(0, (side, grid // side, side, grid // side))
+        places = places.mean((1, 3)).flatten(0, 1)  # (latents, width)
+        places -= places.mean(0)
+        projection.latent_query.copy_(_FAINTLY * places / places.square().mean().sqrt())
+        query, key = projection.x_attn.q_proj, projection.x_attn.k_proj
+        torch.nn.init.orthogonal_(key.weight, gain=1.4, generator=generator)
+        query.weight.copy_(key.weight / _FAINTLY)
+        query.bias.zero_()
+        key.bias.zero_()
 
 
 def _size(name: str) -> NanoSize:
@@ -123,6 +153,7 @@ _PHRASES = (
     "List the objects from left to right.",
     "Is the gripper", " left, middle or right?", " near, middle or far?", " low, middle or high?", " open?",
     "Which object is nearest to the gripper?", " left or right of the gripper?",
+    "Which way is the", " from the gripper?",
 )  # fmt: skip
 
 

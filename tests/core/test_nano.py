@@ -162,9 +162,11 @@ def test_the_cheapest_card_is_reproduced_from_its_recipe(tmp_path):
     standard errors, and on the machine and versions of the card the weights are the same to the bit."""
     folder = min(SHIPPED, key=lambda one: read_json(one / CARD)["training_cpu_s"])
     card = read_json(folder / CARD)
-    scenes, run, scores = tmp_path / "scenes", tmp_path / "run", tmp_path / "scores.json"
-    assert main([*card["data"].split("(")[0].split()[1:], "--out", str(scenes)]) == 0
-    assert main(["train", str(project_root() / card["recipe"]), "--data", str(scenes), "--out", str(run)]) == 0
+    run, scores = tmp_path / "run", tmp_path / "scores.json"
+    stores = [str(tmp_path / f"store-{number}") for number in range(len(card["data"]))]
+    for command, store in zip(card["data"], stores, strict=True):
+        assert main([*command.split()[1:], "--out", store]) == 0
+    assert main(["train", str(project_root() / card["recipe"]), "--data", *stores, "--out", str(run)]) == 0
     last = str(run / card["stages"][-1]["name"])
     asked = ["evaluate", last, "--benchmark", "tabletop-vqa@1", "--episodes", "200", "--json", str(scores)]
     assert main(asked) == 0

@@ -153,6 +153,24 @@ def test_relative_position_follows_from_the_recorded_places(tabletop: EpisodeSto
     assert answers == {"left", "right", "in front", "behind"}
 
 
+def test_the_way_from_the_gripper_goes_to_the_object(tabletop: EpisodeStore):
+    """Every word bounds one coordinate of the way: near |d| < 3 cm, slightly < 8 cm, plain < 16 cm, far beyond."""
+    lowest = {"near": 0.0, "slightly": 0.03, "": 0.08, "far": 0.16}
+    highest = {"near": 0.03, "slightly": 0.08, "": 0.16, "far": np.inf}
+    towards = {"right": (0, 1), "left": (0, -1), "forward": (1, 1), "back": (1, -1), "up": (2, 1), "down": (2, -1)}
+    seen = set()
+    for row, question, answer in ask(tabletop, "offset"):
+        name = re.match(r"Which way is the (.+) from the gripper\?", question)[1]
+        names = tabletop.episodes["objects"][tabletop.episode_of[row]].split(";")
+        way = tabletop.column("truth/objects")[row].reshape(-1, 3)[names.index(name)] - tabletop.state[row, :3]
+        for axis, words in enumerate(answer.split(", ")):
+            degree, _, direction = words.rpartition(" ") if words != "near" else ("near", "", "")
+            assert lowest[degree] - 1e-6 <= abs(way[axis]) <= highest[degree] + 1e-6, (words, way)
+            assert not direction or towards[direction] == (axis, np.sign(way[axis]))
+            seen.add((axis, words))
+    assert len(seen) > 14
+
+
 def test_next_action_by_hand(tmp_path: Path):
     """Two steps right, seven still with the gripper opening in the last, then up to the end."""
     action = np.zeros((15, 7), np.float32)

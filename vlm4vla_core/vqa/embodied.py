@@ -39,6 +39,7 @@ _WORDS = {
     "z": ("low", "middle", "high"),
 }
 _SIDES = ((0, "left or right of", ("left", "right")), (1, "in front of or behind", ("in front", "behind")))
+_STEPS, _FAR = (0.03, 0.08, 0.16), ("", "slightly ", "", "far ")  # m, and the words from each on
 _WAYS = {"x": ("left", "right"), "y": ("back", "forward"), "z": ("down", "up")}
 
 
@@ -255,6 +256,7 @@ def availability(store: EpisodeStore, *, camera: str = "", fast: FastTokenizer |
         "nearest": objects,
         "side": objects or viewer,
         "relative": objects or viewer,
+        "offset": objects or viewer,
         "pointing": objects or known,
         "moved": facts.missing or motion,
         "next action": facts.missing or motion,
@@ -316,6 +318,16 @@ def _relative(scene: _Scene) -> Groups:
                 offset = place[axis] - reference[axis]
                 if abs(offset) > CLEARLY:
                     made.append((f"Is the {name} {ask} the {other}?", words[int(offset > 0)]))
+    return [made]
+
+
+def _offset(scene: _Scene) -> Groups:
+    made = []
+    for name, place in scene.places().items():
+        apart = list(zip("xyz", place - scene.gripper, strict=True))
+        told = [(int(np.searchsorted(_STEPS, abs(value))), _WAYS[axis][int(value > 0)]) for axis, value in apart]
+        words = [f"{_FAR[far]}{way}" if far else "near" for far, way in told]
+        made.append((f"Which way is the {name} from the gripper?", ", ".join(words)))
     return [made]
 
 
@@ -432,6 +444,7 @@ KINDS: dict[str, Callable[[_Scene], Groups]] = {
     "nearest": _nearest,
     "side": _side,
     "relative": _relative,
+    "offset": _offset,
     "pointing": _pointing,
     "moved": _moved,
     "next action": _next_action,
@@ -447,6 +460,6 @@ MIXES: dict[str, tuple[str, ...]] = {
     "general": tuple(GENERAL),
     "embodied": _EMBODIED,
     "all": (*GENERAL, *_EMBODIED),
-    "spatial": ("position", "nearest", "side", "relative", "moved"),
+    "spatial": ("position", "nearest", "side", "relative", "offset", "moved"),
     "planning": ("pointing", "plan", "trajectory"),
 }
