@@ -18,9 +18,9 @@ import pytest
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.study import expand, read_study
 from vlm4vla_core.study import run as running
-from vlm4vla_core.study.bundle import export, job_folder, numbers, retrain, verify
+from vlm4vla_core.study.bundle import EPISODES, NUMBERS, PLAN, export, numbers, open_bundle, retrain, verify
 from vlm4vla_core.study.collect import collect
-from vlm4vla_core.study.cost import DEVICES, UTILISATION, costs, remaining
+from vlm4vla_core.study.cost import DEVICES, PROMPT_TOKENS, UTILISATION, costs, remaining
 from vlm4vla_core.study.jobs import CONFIG, PRODUCT, write_toml
 from vlm4vla_core.study.state import DONE, FAILED, RUNNING, STALE, jobs_folder, look
 from vlm4vla_core.verbs.study import Args
@@ -181,7 +181,7 @@ class Instant:
     def stop(self) -> None:
         pass
 
-    def submit(self, folder: Path, words: list[str], amount: int, gpus: int) -> Future[int]:
+    def submit(self, folder: Path, words: list[str], amount: int, gpus: int, threads: int) -> Future[int]:
         self.ran.append(folder.name)
         failed = self.fails in folder.name
         facts = {"reason": "as asked", "seconds": 1.0, "tries": 1, "code": 2, "amount": amount}
@@ -215,12 +215,12 @@ def test_a_failed_job_stops_what_needs_it_and_is_tried_again_next_time(tmp_path)
 
 def test_a_kind_of_job_or_a_cell_can_be_run_alone(tmp_path, monkeypatch):
     executor = Instant()
-    monkeypatch.setattr("vlm4vla_core.verbs.study._executor", lambda args: executor)
+    monkeypatch.setattr("vlm4vla_core.verbs.study._executor", lambda args, study: executor)
     monkeypatch.setattr("vlm4vla_core.study.collect.collect", lambda *args: _Empty())
     path, out = write(tmp_path), tmp_path / "out"
     assert verb(Args("run", path, out=out, only=("words/qwen/*",))) == 0
     assert [name.split("-")[0] for name in executor.ran] == ["record", "train", "train", "evaluate"]
-    with pytest.raises(InputError, match="no cell or kind"):
+    with pytest.raises(InputError, match="no cell, axis or kind"):
         verb(Args("run", path, out=out, only=("wrds/*",)))
 
 
@@ -263,7 +263,9 @@ def test_local_jobs_at_the_same_time_never_share_a_gpu(tmp_path, monkeypatch):
 
     gate, busy, most, seen, trained = threading.Barrier(2, timeout=60), [], [], [], []
 
-    def perform(folder, words, *, amount, gpus, stop):
+    def perform(folder, words, *, amount, gpus, threads, stop):
+        assert (gpus is None) == (words[0] == "record")  # it is kept from them
+        gpus = gpus or []
         busy.extend(gpus)
         seen.append(tuple(gpus))
         most.append(len(busy) - len(set(busy)))
@@ -289,14 +291,21 @@ def test_local_jobs_at_the_same_time_never_share_a_gpu(tmp_path, monkeypatch):
 # --- costs
 
 
-def test_operations_are_six_per_parameter_token_and_sample(tmp_path):
+def test_operations_are_six_per_parameter_and_token_that_meet(tmp_path):
+    from vlm4vla_core.sizes import size_of
+
     text = STUDY.replace('name = "qwen"', 'name = "qwen"\nsource = "Qwen/Qwen2.5-VL-3B-Instruct"')
     text = text.replace("set = { image_size = 56 }", "set = { image_size = 224 }")
     plan = planned(tmp_path, text)
     price = costs(plan)
     one = next(one for one, job in plan.jobs.items() if job.config and job.name.startswith("full-qwen"))
-    parameters = price[one].operations / (6 * 4 * (64 + 40))  # 2 steps of 2 samples; 64 tokens of a 224 px picture
-    assert 3.0e9 < parameters < 4.2e9
+    parts = size_of("Qwen/Qwen2.5-VL-3B-Instruct", image_size=224).parts
+    # 2 steps of 2 samples; a picture of 224 px is 256 patches of 14, merged into 64 tokens, beside words
+    patches, tokens = 256, 64 + PROMPT_TOKENS
+    by_hand = 6 * 4 * (parts["vision"] * patches + (parts["projector"] + parts["decoder"]) * tokens)
+    assert price[one].operations == pytest.approx(by_hand)
+    frozen = next(one for one, job in plan.jobs.items() if job.config and job.name.startswith("words-frozen-qwen"))
+    assert price[frozen].operations == pytest.approx(by_hand - 4 * 4 * parts["vision"] * patches)  # forward only
     assert price[one].gpu_hours("h100") == pytest.approx(price[one].operations / (989e12 * UTILISATION * 3600))
     with pytest.raises(InputError, match="did you mean 'h100'"):
         price[one].gpu_hours("h1000")
@@ -369,7 +378,7 @@ def test_a_small_study_runs_for_real_and_its_tables_say_what_came_of_it(real, ca
         "language",
         "action",
     }
-    assert tables.capability["model"].tolist() == ["qwen"] and tables.capability["stages"].tolist() == ["words"]
+    assert tables.capability["model"].tolist() == ["qwen+words"] and tables.capability["stages"].tolist() == ["words"]
     assert numbers(pd.read_parquet(out / "tables" / "episodes.parquet")) == numbers(tables.episodes)
     assert verb(Args("status", path, out=out, json=out.parent / "status.json")) == 0
     assert "6 done" in capsys.readouterr().out
@@ -379,9 +388,10 @@ def test_a_small_study_runs_for_real_and_its_tables_say_what_came_of_it(real, ca
 def test_a_bundle_verifies_ships_and_betrays_what_was_changed(real, tmp_path, capsys):
     path, out = real
     plan, bundle = expand(read_study(path)), tmp_path / "bundle"
-    manifest = export(plan, out, path, bundle)
+    manifest = export(plan, out, bundle)
     assert len(manifest["jobs"]) == 3 and not list(bundle.rglob("*.safetensors"))
     assert [check.holds for check in verify(bundle)] == [True, True, True]
+    assert str(out) not in (bundle / PLAN).read_text()  # no place of this machine
 
     shipped = tmp_path / "shipped"
     shipped.mkdir()
@@ -390,34 +400,92 @@ def test_a_bundle_verifies_ships_and_betrays_what_was_changed(real, tmp_path, ca
     again = planned(shipped, text)
     status = running.run(again, shipped / "out", executor)
     assert executor.ran == [] and len(status.of("shipped")) == 3
-    tables = collect(again, shipped / "out")
+    tables, before = collect(again, shipped / "out"), collect(plan, out)
     assert set(tables.episodes["provenance"]) == {"shipped"} and len(tables.stages) == 4
+    assert numbers(tables.episodes) == numbers(before.episodes)
+    assert tables.capability["score"].tolist() == before.capability["score"].tolist()
+    assert tables.cells["state"].tolist() == ["shipped"] and tables.cells["train_s"].tolist()[0] > 0
+    assert verb(Args("plan", shipped / "study.toml", out=shipped / "out")) == 0
+    assert "shipped" in capsys.readouterr().out
+    twice = export(again, shipped / "none", tmp_path / "twice")  # what is shipped goes on being shipped
+    assert twice["jobs"] == manifest["jobs"] and [check.holds for check in verify(tmp_path / "twice")] == [True] * 3
     live = planned(shipped, text.replace('name = "try"', 'name = "try"\nlive = ["words/*"]'))
     todo = look(live, shipped / "none").of("ready", "waiting")
     assert sorted(live.jobs[one].kind for one in todo) == ["evaluate", "record", "train", "train"]
 
-    (bundle / "numbers.json").write_text(
-        (bundle / "numbers.json").read_text().replace('"successes": 0', '"successes": 2')
-    )
+    told = (bundle / NUMBERS).read_text()
+    (bundle / NUMBERS).write_text(told.replace('"successes": 0', '"successes": 2'))
     with pytest.raises(InputError, match="differs from the manifest"):
         verify(bundle)
 
 
-def test_numbers_are_checked_against_the_rows(real, tmp_path):
+def test_nothing_but_the_live_cells_is_run_where_the_study_says_so(tmp_path):
+    text = STUDY.replace('name = "try"', 'name = "try"\nonly_live = true\nlive = ["words/*"]', 1)
+    plan, executor = planned(tmp_path, text), Instant()
+    status = running.run(plan, tmp_path / "out", executor)
+    assert [name.split("-")[0] for name in executor.ran] == ["record", "train", "train", "evaluate"]
+    assert status.of("ready", "waiting", "left out") == []
+    assert [state.state for one, state in status.states.items() if one not in status.wanted] == ["left out"] * 11
+
+
+def test_a_pattern_names_all_folders_that_match_and_arms_may_choose_by_pattern(tmp_path):
+    for name in ("small-a", "small-b", "other"):
+        (tmp_path / "zoo" / name).mkdir(parents=True)
+        (tmp_path / "zoo" / name / "config.json").write_text(json.dumps({"model_type": name}))
+    text = STUDY.replace('name = "pali"\nset = { image_size = 64, family = "paligemma" }', 'source = "zoo/*"')
+    text = text.replace('name = "full"\nseeds = [0, 1]', 'name = "full"\nbackbones = ["small-*"]')
+    study = read_study(write(tmp_path, text))
+    assert [one.name for one in study.backbone] == ["qwen", "other", "small-a", "small-b"]
+    full = [cell.backbone for cell in expand(study).cells if cell.arm == "full"]
+    assert full == ["small-a", "small-b"]
+    own = text.replace("[[stage]]", '[[backbone]]\nname = "other"\nset = { seed = 1 }\n[[stage]]', 1)
+    with pytest.raises(InputError, match="'other' sets seed"):  # the entry of its own, not the pattern's
+        read_study(write(tmp_path, own))
+
+
+def test_a_stage_with_a_seed_is_trained_once_for_all_seeds_of_an_arm(tmp_path):
+    text = STUDY.replace('name = "words"\nstages = ["words"]', 'name = "words"\nseeds = [0, 1]\nstages = ["words"]', 1)
+    cells = [cell for cell in planned(tmp_path, text).cells if cell.arm == "words"]
+    assert cells[0].trainings[0] != cells[1].trainings[0]
+    fixed = text.replace('name = "words"\npreset', 'name = "words"\nseed = 7\npreset', 1)
+    cells = [cell for cell in planned(tmp_path, fixed).cells if cell.arm == "words"]
+    assert cells[0].trainings[0] == cells[1].trainings[0] and cells[0].trainings[1] != cells[1].trainings[1]
+
+
+def test_numbers_are_checked_against_the_rows_and_ids_against_the_settings(real, tmp_path):
     from vlm4vla_core import folders
 
     path, out = real
     bundle = tmp_path / "bundle"
-    manifest = export(expand(read_study(path)), out, path, bundle)
-    one = next(one for one in manifest["jobs"] if (job_folder(bundle, one) / "rows.parquet").is_file()
-               and "success" in pd.read_parquet(job_folder(bundle, one) / "rows.parquet"))  # fmt: skip
-    rows = pd.read_parquet(job_folder(bundle, one) / "rows.parquet")
+    manifest = export(expand(read_study(path)), out, bundle)
+    rows = pd.read_parquet(bundle / EPISODES)
     rows["success"] = ~rows["success"].astype(bool)
-    rows.to_parquet(job_folder(bundle, one) / "rows.parquet")
-    folders.write_manifest(
-        bundle, "study", config={}, inputs={}, jobs=manifest["jobs"]
-    )  # a forger keeps the hashes true
+    rows.to_parquet(bundle / EPISODES)
+    # a forger keeps the hashes true
+    folders.write_manifest(bundle, "study", config={}, inputs={}, jobs=manifest["jobs"])
     assert [check.holds for check in verify(bundle)] == [True, True, False]
+    told = folders.read_json(bundle / PLAN)
+    next(job for job in told["jobs"].values() if job["kind"] == "train")["spec"]["settings"]["max_steps"] = 3
+    folders.write_json(bundle / PLAN, told)
+    folders.write_manifest(bundle, "study", config={}, inputs={}, jobs=manifest["jobs"])
+    assert [check.holds for check in verify(bundle)] == [True, False, False]
+
+
+def test_pages_are_compared_by_answer_numbers_and_figures(real, tmp_path):
+    path, out = real
+    page = {"answer": "Yes.", "numbers": {"r": 0.1 + 0.2}, "figures": ["a", "b"]}
+
+    def pages(change: dict, drawn: str = "matplotlib 3"):
+        return lambda bundle: {"drawn_with": drawn, "pages": {"overview": {**page, **change}}}
+
+    bundle = tmp_path / "bundle"
+    export(expand(read_study(path)), out, bundle, pages({}))
+    assert [check.holds for check in verify(bundle, pages({"numbers": {"r": 0.3}}))] == [True] * 4
+    assert not verify(bundle, pages({"answer": "No."}))[-1].holds
+    assert not verify(bundle, pages({"numbers": {"r": 0.31}}))[-1].holds
+    assert not verify(bundle, pages({"figures": ["a", "c"]}))[-1].holds
+    other = verify(bundle, pages({"figures": ["a", "c"]}, "matplotlib 4"))[-1]
+    assert other.holds and "by their number alone" in other.found
 
 
 def test_numbers_by_hand():
@@ -435,8 +503,8 @@ def test_numbers_by_hand():
 def test_a_shipped_cell_is_trained_again_to_the_same_count(real, tmp_path):
     path, out = real
     bundle = tmp_path / "bundle"
-    export(expand(read_study(path)), out, path, bundle)
-    study = read_study(bundle / "study.toml").model_copy(update={"shipped": "."})
+    export(expand(read_study(path)), out, bundle)
+    study = open_bundle(bundle).plan().study
     checks = retrain(
         expand(study), 1, tmp_path / "again", 0, lambda plan, folder: running.run(plan, folder, running.Local(1))
     )

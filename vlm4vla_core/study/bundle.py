@@ -1,17 +1,20 @@
 """What a reviewer needs of a study: rows, settings, fingerprints and numbers, no weights; and checking it again.
 
-BUNDLE/: manifest.json, study.toml, jobs/ID/ (job.json, and rows.parquet, training.json or a probe's results),
-numbers.json (success per cell with its interval, what the pages say).
+BUNDLE/: manifest.json, plan.json (declaration, cells and jobs, each with its settings, cost and machine),
+episodes.parquet and answers.parquet (all rows, by job), trainings.json (held-out values), probes/ID/ (small results),
+numbers.json (success per cell with its interval) and pages.json (numbers and figures of the report's pages).
+A study that names a bundle takes its rows as done, without weights.
 
-Trap: a bundle is bound to the ids of its jobs. After a change that alters ids (another world version, another preset)
-its rows are no longer recognised, and the study says that they are missing rather than show them.
+Trap: rows are bound to the ids of their jobs. After a change that alters ids (another world version, preset or
+backbone) they are no longer recognised, and the study says that they are missing rather than show them.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +29,9 @@ if TYPE_CHECKING:
     from vlm4vla_core.study.jobs import Plan
 
 KIND = "study"
-TRAINING, NUMBERS, DECLARATION = "training.json", "numbers.json", "study.toml"
+PLAN, TRAININGS, NUMBERS, PAGES = "plan.json", "trainings.json", "numbers.json", "pages.json"
+EPISODES, ANSWERS = "episodes.parquet", "answers.parquet"
 _LARGEST = 2 << 20  # bytes of a probe's file that goes along
-
-
-def job_folder(bundle: Path, one: str) -> Path:
-    """Where a bundle keeps a job."""
-    return Path(bundle) / "jobs" / one
 
 
 def shipped_jobs(bundle: Path) -> dict[str, int]:
@@ -45,45 +44,139 @@ def shipped_jobs(bundle: Path) -> dict[str, int]:
     return {one: int(amount) for one, amount in folders.read_manifest(bundle, KIND)["jobs"].items()}
 
 
-def export(plan: Plan, out: Path, declaration: Path, bundle: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was opened. told: its plan.json."""
+
+    path: Path
+    told: dict[str, Any]
+    trainings: dict[str, dict[str, Any]]
+
+    @cached_property
+    def _frames(self) -> dict[str, pd.DataFrame]:
+        import pandas as pd
+
+        found: dict[str, pd.DataFrame] = {}
+        for name in (EPISODES, ANSWERS):
+            if (self.path / name).is_file():
+                rows = pd.read_parquet(self.path / name)
+                found |= {str(one): part.drop(columns="job") for one, part in rows.groupby("job", sort=False)}
+        return found
+
+    def rows(self, one: str) -> pd.DataFrame:
+        """The rows of a job; empty for one that has none."""
+        import pandas as pd
+
+        return self._frames.get(one, pd.DataFrame())
+
+    def probe(self, one: str) -> Path:
+        """Folder of a probe's results."""
+        return self.path / "probes" / one
+
+    def plan(self) -> Plan:
+        """The plan as it was when the bundle was made: nothing but the bundle is read."""
+        from vlm4vla_core.study.declare import Study
+        from vlm4vla_core.study.jobs import Cell, Job
+        from vlm4vla_core.study.jobs import Plan as AnyPlan
+
+        study = Study(**self.told["study"], shipped=".", folder=self.path.resolve())
+        kept = ("kind", "name", "spec", "needs", "amount")
+        jobs = {one: Job(one, **{key: job[key] for key in kept}) for one, job in self.told["jobs"].items()}
+        cells = [Cell(**{**cell, "trainings": tuple(cell["trainings"])}) for cell in self.told["cells"]]
+        asked = {one: (name, tuple(stages)) for one, (name, stages) in self.told["asked"].items()}
+        probes = {one: tuple(key) for one, key in self.told["probes"].items()}
+        return AnyPlan(study, jobs, cells, self.told["baselines"], asked, probes)
+
+
+def open_bundle(bundle: Path, *, hashes: bool = False) -> Bundle:
+    """Open a bundle; with hashes, every file is compared with the manifest. Raises InputError when it is none."""
+    folders.read_manifest(bundle, KIND, hashes=hashes)
+    bundle = Path(bundle)
+    return Bundle(bundle, folders.read_json(bundle / PLAN), folders.read_json(bundle / TRAININGS))
+
+
+def export(plan: Plan, out: Path, bundle: Path, pages: Callable[[Path], Any] | None = None) -> dict[str, Any]:
     """Write the bundle of what is done in a study folder, and of what its own shipped bundle holds.
 
-    Returns the manifest. Raises InputError when nothing is done yet.
+    pages: gives what the report's pages say of a bundle, as JSON values. Returns the manifest. Raises InputError when
+    nothing is done yet.
     """
-    from vlm4vla_core.study.collect import SHIPPED, collect, training_facts
-    from vlm4vla_core.study.jobs import PRODUCT
-    from vlm4vla_core.study.state import jobs_folder, look
+    import pandas as pd
 
-    status, jobs = look(plan, out), jobs_folder(out)
-    old = plan.study.folder / plan.study.shipped
+    from vlm4vla_core.study.collect import ROWS, collect, training_facts
+    from vlm4vla_core.study.jobs import PRODUCT
+    from vlm4vla_core.study.state import DONE, jobs_folder, look
+
+    status, home = look(plan, out), jobs_folder(out)
+    place = plan.study.folder / plan.study.shipped
+    old = open_bundle(place) if plan.study.shipped and shipped_jobs(place) else None
     amounts: dict[str, int] = {}
+    jobs: dict[str, Any] = {}
+    trainings: dict[str, dict[str, Any]] = {}
+    frames: dict[str, list[pd.DataFrame]] = {EPISODES: [], ANSWERS: []}
     with folders.new_folder(bundle, KIND) as folder:
         for one, job in plan.jobs.items():
-            state, target, source = status.states[one].state, job_folder(folder, one), jobs / job.folder
-            if state == SHIPPED or (state != "done" and (job_folder(old, one) / TRAINING).is_file()):
-                shutil.copytree(job_folder(old, one), target)
-            elif state == "done":
-                target.mkdir(parents=True)
-                shutil.copy(source / "job.json", target)
+            state, source = status.states[one].state, home / job.folder
+            facts: dict[str, Any] = {
+                "kind": job.kind,
+                "name": job.name,
+                "spec": job.spec,
+                "needs": job.needs,
+                "amount": job.amount,
+            }
+            if state == "done":
+                done = folders.read_json(source / DONE)
+                facts["amount"] = done["amount"]
+                facts |= {"seconds": done["seconds"], "made_by": done["made_by"], "hardware": done.get("hardware", "")}
                 if job.kind == "train":
-                    folders.write_json(target / TRAINING, training_facts(source))
-                elif job.kind != "record":
-                    _copy_small(source / PRODUCT, target)
-            else:
+                    trainings[one] = training_facts(source)
+            elif old is not None and one in old.told["jobs"] and (state == "shipped" or one in old.trainings):
+                facts = old.told["jobs"][one]
+                if one in old.trainings:
+                    trainings[one] = old.trainings[one]
+            jobs[one] = folders.as_json(facts)
+            if job.kind in ("record", "train") or "made_by" not in facts:
                 continue
-            if job.kind not in ("train", "record"):
-                amounts[one] = job.amount
+            amounts[one] = int(facts["amount"])
+            if job.kind == "probe":
+                _copy_small(source / PRODUCT if state == "done" else old.probe(one), folder / "probes" / one)  # type: ignore[union-attr]
+                continue
+            rows = pd.read_parquet(source / PRODUCT / ROWS) if state == "done" else old.rows(one)  # type: ignore[union-attr]
+            frames[ANSWERS if "question" in rows else EPISODES].append(rows.assign(job=one))
         if not amounts:
             raise InputError("nothing of this study is done yet", where=out, fix="vlm4vla study run")
-        shutil.copy(declaration, folder / DECLARATION)
-        found = numbers(collect(plan, out, status).episodes)
-        folders.write_json(folder / NUMBERS, found)
+        for name, found in frames.items():
+            if found:
+                _write_rows(pd.concat(found, ignore_index=True), folder / name)
+        folders.write_json(folder / TRAININGS, trainings)
+        told = {
+            "study": plan.study.model_dump(mode="json", exclude={"shipped", "folder"}),
+            "cells": [asdict(cell) for cell in plan.cells], "baselines": plan.baselines, "asked": plan.asked,
+            "probes": plan.probes, "jobs": jobs,
+        }  # fmt: skip
+        folders.write_json(folder / PLAN, told)
+        folders.write_json(folder / NUMBERS, numbers(collect(plan, out, status).episodes))
         config = {"name": plan.study.name, "cells": len(plan.cells)}
-        return folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
+        manifest = folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
+        if pages is not None:
+            folders.write_json(folder / PAGES, pages(folder))
+            manifest = folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
+    return manifest
+
+
+def _write_rows(rows: pd.DataFrame, path: Path) -> None:
+    """Rows of many jobs, small: a group's shared wall time to a millisecond, texts by dictionary."""
+    for name in ("chain", "partial"):
+        if name in rows:
+            rows[name] = rows[name].astype("Float64")
+    if "wall_s" in rows:
+        rows["wall_s"] = rows["wall_s"].astype(float).round(3)
+    rows.to_parquet(path, index=False, compression="zstd")
 
 
 def _copy_small(product: Path, target: Path) -> None:
-    """Rows and results of a product, but no features or weights."""
+    """Results of a product, but no features or weights."""
+    target.mkdir(parents=True, exist_ok=True)
     for file in sorted(product.iterdir()):
         if file.is_file() and file.suffix in (".parquet", ".json", ".csv") and file.stat().st_size <= _LARGEST:
             shutil.copy(file, target / ("product.json" if file.name == folders.MANIFEST else file.name))
@@ -91,7 +184,7 @@ def _copy_small(product: Path, target: Path) -> None:
 
 def numbers(episodes: pd.DataFrame) -> list[dict[str, Any]]:
     """Per arm, backbone, protocol, execute length and training seed: episodes, successes, rate with its Wilson
-    interval, and the mean chain where there are chains."""
+    interval, the mean chain where there are chains, and the mean share of goals where tasks have several."""
     import pandas as pd
 
     from vlm4vla_core.results import wilson
@@ -104,8 +197,9 @@ def numbers(episodes: pd.DataFrame) -> list[dict[str, Any]]:
         k, n = int(rows["success"].sum()), len(rows)
         line = {name: None if pd.isna(value) else value for name, value in zip(keys, key, strict=True)}
         line |= {"episodes": n, "successes": k, "rate": k / n, "interval": list(wilson(k, n))}
-        if rows["chain"].notna().any():
-            line["mean_chain"] = float(rows["chain"].astype(float).mean())
+        for name, column in (("mean_chain", "chain"), ("mean_partial", "partial")):
+            if column in rows and rows[column].notna().any():
+                line[name] = float(rows[column].astype(float).mean())
         found.append(folders.as_json(line))
     return found
 
@@ -119,25 +213,47 @@ class Check:
     found: str
 
 
-def verify(bundle: Path) -> list[Check]:
-    """Check a bundle: every file's hash, the ids against the declaration, and every number against the rows.
+def verify(bundle: Path, pages: Callable[[Path], Any] | None = None) -> list[Check]:
+    """Check a bundle: every file's hash, every job's id against its settings, every number against the rows, and with
+    `pages` (as in `export`) every number and figure of the report's pages.
 
-    Raises InputError when it is no bundle, or its declaration cannot be read.
+    Raises InputError when it is no bundle.
     """
     from vlm4vla_core.study.collect import collect
-    from vlm4vla_core.study.declare import read_study
-    from vlm4vla_core.study.jobs import expand
+    from vlm4vla_core.study.jobs import job_id
 
     manifest = folders.read_manifest(bundle, KIND, hashes=True)
+    opened = open_bundle(bundle)
     checks = [Check("files", True, f"{len(manifest['files'])} files have the hashes of the manifest")]
-    study = read_study(Path(bundle) / DECLARATION).model_copy(update={"shipped": "", "live": ()})
-    plan = expand(study.model_copy(update={"folder": Path(bundle).resolve(), "shipped": "."}))
-    unknown = sorted(set(manifest["jobs"]) - set(plan.jobs))
-    what = f"{len(manifest['jobs'])} jobs, of which the declaration gives {len(manifest['jobs']) - len(unknown)}"
-    checks.append(Check("ids", not unknown, what))
-    told, made = folders.read_json(Path(bundle) / NUMBERS), numbers(collect(plan, Path(bundle) / "none").episodes)
+    plan = opened.plan()
+    wrong = [one for one, job in plan.jobs.items() if job_id(job.kind, job.spec, job.needs) != one]
+    strange = [one for one in manifest["jobs"] if one not in plan.leaves()]
+    what = f"{len(plan.jobs)} jobs, {len(wrong)} with another id than their settings give"
+    checks.append(Check("ids", not wrong and not strange, what + (f", {len(strange)} unknown" if strange else "")))
+    told = folders.read_json(Path(bundle) / NUMBERS)
+    made = numbers(collect(plan, Path(bundle) / "none").episodes)
     same = len(told) == len(made) and all(_same(a, b) for a, b in zip(told, made, strict=True))
     checks.append(Check("numbers", same, f"{len(told)} told, {len(made)} computed from the rows"))
+    if pages is not None and (Path(bundle) / PAGES).is_file():
+        checks += _pages(folders.read_json(Path(bundle) / PAGES), pages(Path(bundle)))
+    return checks
+
+
+def _pages(told: dict[str, Any], made: dict[str, Any]) -> list[Check]:
+    """What the pages say now beside what they said; figures byte for byte where the same library draws them."""
+    drawn = told["drawn_with"] == made["drawn_with"]
+    checks = []
+    for name, old in told["pages"].items():
+        new = made["pages"].get(name)
+        if new is None:
+            checks.append(Check(f"page {name}", False, "could not be made again"))
+            continue
+        numbers_hold = _same(old["numbers"], new["numbers"]) and old["answer"] == new["answer"]
+        figures_hold = len(old["figures"]) == len(new["figures"]) and (not drawn or old["figures"] == new["figures"])
+        how = "byte for byte" if drawn else f"by their number alone ({told['drawn_with']} drew them)"
+        words = f"answer and numbers {'as told' if numbers_hold else 'differ'}, figures"
+        words += f" {'as told' if figures_hold else 'differ'} ({len(new['figures'])} compared {how})"
+        checks.append(Check(f"page {name}", numbers_hold and figures_hold, words))
     return checks
 
 
@@ -147,37 +263,63 @@ def _same(told: Any, made: Any) -> bool:
     if isinstance(told, list) and isinstance(made, list):
         return len(told) == len(made) and all(map(_same, told, made))
     if isinstance(told, float) or isinstance(made, float):
-        return bool(np.isclose(told, made, rtol=1e-9, atol=0))
+        return told is not None and made is not None and bool(np.isclose(told, made, rtol=1e-9, atol=0))
     return bool(told == made)
 
 
 def retrain(plan: Plan, count: int, out: Path, seed: int, go: Callable[[Plan, Path], Any]) -> list[Check]:
     """Train and evaluate randomly drawn shipped cells again in `out`, and compare their counts of successes.
 
-    go: runs a plan in a folder. Exact equality is expected on the hardware class of the record; elsewhere the old rate
-    has to lie in the new one's interval.
+    plan: of the bundle's study as it expands now. go: runs a plan in a folder. On the hardware class of the record the
+    counts have to be equal. Elsewhere rounding makes another training of it: the 95 % interval of the new rate has to
+    meet the span of the intervals of the shipped seeds of that arm. Raises InputError when no cell can be drawn.
     """
-    from vlm4vla_core.results import wilson
     from vlm4vla_core.study.collect import collect
+    from vlm4vla_core.study.jobs import PRODUCT
     from vlm4vla_core.study.jobs import Plan as AnyPlan
+    from vlm4vla_core.study.state import DONE, jobs_folder
 
-    shipped = shipped_jobs(plan.study.folder / plan.study.shipped)
+    place = plan.study.folder / plan.study.shipped
+    shipped = shipped_jobs(place)
     known = [cell for cell in plan.cells if cell.evaluation in shipped]
     if not known:
-        raise InputError("no shipped cell belongs to this study", where=plan.study.folder / plan.study.shipped)
+        raise InputError("no shipped cell belongs to this study as it expands now", where=place)
     drawn = sorted(np.random.default_rng(seed).choice(len(known), min(count, len(known)), replace=False).tolist())
     cells = [known[i] for i in drawn]
     before = numbers(collect(plan, out / "none").episodes)
+    recorded = open_bundle(place).told["jobs"]
     alone = AnyPlan(plan.study.model_copy(update={"shipped": "", "live": ()}), dict(plan.jobs), cells)
     go(alone, out)
-    after = numbers(collect(alone, out).episodes)
-    keys = ("arm", "backbone", "protocol", "cell_seed", "execute")
+    after = {cell.name: line for cell in cells for line in numbers(collect(alone, out).episodes) if _is(line, cell)}
     checks = []
-    for line in after:
-        old = next(one for one in before if all(one[key] == line[key] for key in keys))
-        low, high = wilson(line["successes"], line["episodes"])
-        same = old["successes"] == line["successes"] and old["episodes"] == line["episodes"]
-        what = f"{line['arm']}/{line['backbone']}/{line['protocol']}/{line['cell_seed']}"
-        found = f"{old['successes']} of {old['episodes']} shipped, {line['successes']} of {line['episodes']} again"
-        checks.append(Check(what, same or low <= old["rate"] <= high, found + ("" if same else " (not the same)")))
+    for cell in cells:
+        if cell.name not in after:
+            checks.append(Check(cell.name, False, "could not be trained again"))
+            continue
+        new, old = after[cell.name], next(line for line in before if _is(line, cell))
+        made = folders.read_json(jobs_folder(out) / plan.jobs[cell.evaluation].folder / DONE)
+        assert (jobs_folder(out) / plan.jobs[cell.evaluation].folder / PRODUCT).is_dir()
+        alike = recorded[cell.evaluation].get("hardware", "") == made["hardware"]
+        seeds = [line for line in before if _is(line, cell, any_seed=True)]
+        checks.append(_again(cell.name, old, new, seeds, alike))
     return checks
+
+
+def _is(line: dict[str, Any], cell: Any, *, any_seed: bool = False) -> bool:
+    """Whether a line of `numbers` is of this cell."""
+    same = (line["arm"], line["backbone"], line["protocol"]) == (cell.arm, cell.backbone, cell.protocol)
+    execute = cell.execute is None or line["execute"] == cell.execute
+    return same and execute and (any_seed or line["cell_seed"] == cell.seed)
+
+
+def _again(
+    name: str, old: dict[str, Any], new: dict[str, Any], seeds: list[dict[str, Any]], alike: bool
+) -> Check:  # fmt: skip
+    """One cell's counts beside those that were shipped."""
+    found = f"{old['successes']} of {old['episodes']} shipped, {new['successes']} of {new['episodes']} again"
+    if alike:
+        same = old["successes"] == new["successes"] and old["episodes"] == new["episodes"]
+        return Check(name, same, f"{found}; the same hardware class, so they have to be equal")
+    low, high = min(line["interval"][0] for line in seeds), max(line["interval"][1] for line in seeds)
+    meets = new["interval"][0] <= high and new["interval"][1] >= low
+    return Check(name, meets, f"{found}; other hardware: 95 % of {len(seeds)} shipped seeds {low:.3f} to {high:.3f}")

@@ -4,22 +4,29 @@ An arm is a way of making policies: stages before the last one (auxiliary tasks,
 scratch) and settings of the last stage (freezing). The last stage belongs to the benchmark, which brings its preset
 and its demonstrations. Unknown keys are errors that name the nearest.
 
+A file may name many backbones at once: `source = "data/nano/*"` gives one for each folder that ships.
+
 Trap: `set` of a benchmark goes under `set` of a backbone, and that under `set` of the arm; a seed given there would
 undo the arm's `seeds`, so it is refused.
 """
 
 from __future__ import annotations
 
+import glob
+import json
 import re
 import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError, nearest
 
 ALL = ("*",)
+Axis = Literal["capability", "auxiliary", "freezing", "scratch", "injection", "divergence", "heads"]
 _OWN = ("seed", "backbone", "init")  # settings that the study itself decides
 
 
@@ -52,7 +59,8 @@ class Backbone(_Table):
 
     name: str
     source: str = "tiny"
-    """`tiny` or `nano`, a checkpoint or Hugging Face folder relative to the study's file or shipped, or a hub id."""
+    """`tiny` or `nano`, a checkpoint or Hugging Face folder relative to the study's file or shipped, or a hub id. A
+    pattern stands for all folders that match, each named after its folder."""
     lineage: str = ""
     """What models made alike share; the family when left out."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -66,6 +74,8 @@ class Stage(_Table):
     preset: str
     data: str
     set: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = Field(default=None, ge=0)
+    """One training for all seeds of an arm (a VLM that several policies start from); the arm's seed when left out."""
 
 
 class Benchmark(_Table):
@@ -88,11 +98,16 @@ class Arm(_Table):
 
     name: str
     title: str = ""
+    axis: tuple[Axis, ...] = ()
+    """Which of the paper's questions it belongs to; the reports are arranged by it."""
+    against: str = ""
+    """The arm that it is compared with."""
     stages: tuple[str, ...] = ()
     init: Literal["pretrained", "scratch"] = "pretrained"
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of the last stage."""
     backbones: tuple[str, ...] = ALL
+    """Names or patterns."""
     benchmarks: tuple[str, ...] = ALL
     seeds: tuple[int, ...] = (0,)
 
@@ -122,7 +137,9 @@ class Resources(_Table):
     """What a job takes."""
 
     train_gpus: int = Field(default=1, ge=0)
-    """GPUs of a training, where there are any; more than one go through torchrun."""
+    """GPUs of a training, where there are any; more than one go through torchrun. 0: all jobs are kept from them."""
+    threads: int = Field(default=0, ge=0)
+    """Threads of a job (OMP_NUM_THREADS); 0 leaves it to torch. Results are exact for one number of them."""
 
 
 class Study(_Table):
@@ -144,6 +161,8 @@ class Study(_Table):
     """A bundle whose jobs count as done, relative to the file."""
     live: tuple[str, ...] = ()
     """Cells that are run here although the bundle has them, as ARM/BACKBONE/PROTOCOL/SEED; * for any of them."""
+    only_live: bool = False
+    """Run nothing but the live cells; what is neither shipped nor live stays as it is."""
     folder: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
@@ -157,7 +176,7 @@ class Study(_Table):
         for kind, where, wanted in self._mentions():
             known = [_name(entry) for entry in getattr(self, kind)]
             for name in wanted:
-                if name != "*" and name not in known:
+                if name not in known and not _is_pattern(name):
                     raise ValueError(f"{where}: no {kind} '{name}'; {nearest(name, known)}")
         settings: tuple[Any, ...] = (*self.backbone, *self.stage, *self.benchmark, *self.arm)
         for entry in settings:
@@ -171,7 +190,7 @@ class Study(_Table):
         for arm in self.arm:
             where = f"arm '{arm.name}'"
             found += [("stage", where, arm.stages), ("backbone", where, arm.backbones)]
-            found += [("benchmark", where, arm.benchmarks)]
+            found += [("benchmark", where, arm.benchmarks), ("arm", where, (arm.against,) if arm.against else ())]
         reading: tuple[Any, ...] = (*self.stage, *self.benchmark, *self.probe)
         for entry in reading:
             found.append(("data", f"'{_name(entry)}'", (entry.data,)))
@@ -182,25 +201,60 @@ def _name(entry: Any) -> str:
     return str(getattr(entry, "name", None) or entry.protocol)
 
 
+def _is_pattern(name: str) -> bool:
+    return glob.has_magic(name)
+
+
+def chosen(name: str, wanted: tuple[str, ...]) -> bool:
+    """Whether a name is among these names and patterns."""
+    return any(fnmatchcase(name, one) for one in wanted)
+
+
 def read_study(path: Path) -> Study:
-    """The study that a TOML file declares. Raises InputError on a missing or malformed file, unknown keys and names."""
-    values = _read(Path(path))
+    """The study that a TOML file declares (or the JSON of a bundle).
+
+    Raises InputError on a missing or malformed file, unknown keys and names.
+    """
+    path = Path(path)
+    values, folder = _read(path), path.resolve().parent
     if "folder" in values:
         raise InputError("unknown key 'folder'", where=path)
+    if isinstance(values.get("backbone"), list):
+        values["backbone"] = _backbones(values["backbone"], folder)
     try:
-        return Study(**values, folder=Path(path).resolve().parent)
+        return Study(**values, folder=folder)
     except ValidationError as error:
         raise _told(error, values, path) from None
+
+
+def _backbones(entries: list[Any], folder: Path) -> list[Any]:
+    """The entries with one for each folder that a pattern matches; one that is named by itself stays as it is."""
+    found: list[Any] = []
+    for entry in entries:
+        source = entry.get("source", "") if isinstance(entry, dict) else ""
+        if not isinstance(source, str) or not _is_pattern(source):
+            found.append(entry)
+            continue
+        roots = (folder, folders.project_root(), folders.project_root() / "vlm4vla_core" / "_shipped")
+        matches = next((sorted(some) for root in roots if (some := list(root.glob(source)))), [])
+        own = {str(one.get("name")) for one in entries if isinstance(one, dict)}
+        for match in matches:
+            if (match / "config.json").is_file() and match.name not in own:
+                found.append({**entry, "name": match.name, "source": source.rpartition("/")[0] + "/" + match.name})
+    return found
 
 
 def _read(path: Path, depth: int = 0) -> dict[str, Any]:
     """A file's tables, after those of the files that it includes; what stands later adds entries, or wins."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError):
         raise InputError("no such study file", where=path) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"not a valid TOML file ({error})", where=path) from None
+    if not isinstance(values, dict):
+        raise InputError("a study is a table of settings", where=path)
     merged: dict[str, Any] = {}
     included = values.pop("include", [])
     if not isinstance(included, list) or depth > 4:

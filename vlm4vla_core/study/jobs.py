@@ -17,7 +17,7 @@ from typing import Any
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.presets import DRAWN, TrainConfig, make_config
-from vlm4vla_core.study.declare import ALL, Arm, Backbone, Benchmark, Study
+from vlm4vla_core.study.declare import Arm, Backbone, Benchmark, Study, chosen
 
 PRODUCT = "product"  # folder of what the verb made, inside the job's
 CONFIG = "config.toml"
@@ -77,6 +77,11 @@ def _flags(options: dict[str, Any]) -> list[str]:
     return words
 
 
+def job_id(kind: str, spec: dict[str, Any], needs: dict[str, str]) -> str:
+    """The fingerprint that a job is known by."""
+    return folders.fingerprint({"kind": kind, "spec": spec, "needs": needs})
+
+
 @dataclass(frozen=True)
 class Cell:
     """One answer of a study: a policy in a benchmark. trainings: its jobs, first stage first."""
@@ -114,8 +119,8 @@ class Plan:
         """Add a job, or find the one that is the same; returns its id."""
         needs = more.get("needs", {})
         spec = folders.as_json(spec)
-        more.setdefault("gpus", 0 if kind == "record" else 1)
-        made = Job(folders.fingerprint({"kind": kind, "spec": spec, "needs": needs}), kind, name, spec, **more)
+        more.setdefault("gpus", 0 if kind == "record" else min(1, self.study.resources.train_gpus))
+        made = Job(job_id(kind, spec, needs), kind, name, spec, **more)
         same = self.jobs.get(made.id)
         if same is None or same.amount < made.amount:
             self.jobs[made.id] = made
@@ -161,7 +166,7 @@ def expand(study: Study) -> Plan:
 
 
 def _chosen(entries: tuple[Any, ...], names: tuple[str, ...], key: str = "name") -> list[Any]:
-    return [entry for entry in entries if names == ALL or getattr(entry, key) in names]
+    return [entry for entry in entries if chosen(getattr(entry, key), names)]
 
 
 def _data(plan: Plan, study: Study, name: str) -> dict[str, dict[str, str]]:
@@ -235,8 +240,9 @@ def _earlier(
     for name in arm.stages:
         stage = next(stage for stage in study.stage if stage.name == name)
         start = {"needs": {"backbone": made[-1]}} if made else _source(study, backbone)
-        settings = {**stage.set, **backbone.set, **_own(study, arm, backbone, seed, first=not made)}
-        title = f"{'+'.join(arm.stages[: len(made) + 1])}-{backbone.name}-{seed}"
+        one = seed if stage.seed is None else stage.seed
+        settings = {**stage.set, **backbone.set, **_own(study, arm, backbone, one, first=not made)}
+        title = f"{'+'.join(arm.stages[: len(made) + 1])}-{backbone.name}-{one}"
         made.append(_train(plan, study, title, stage.preset, settings, stores[stage.data], start))
     return tuple(made)
 
@@ -308,7 +314,7 @@ def _probes(plan: Plan, study: Study, stores: dict[str, Any]) -> None:
                 job = plan.add("probe", name, full, needs=store.get("needs", {}), given=given)
                 plan.probes[job] = (probe.name, "backbone", backbone.name, 0)
         for cell in plan.cells if "policy" in probe.of else ():
-            if cell.seed in probe.seeds and (probe.arms == ALL or cell.arm in probe.arms):
+            if cell.seed in probe.seeds and chosen(cell.arm, probe.arms):
                 needs = {"model": cell.trainings[-1], **store.get("needs", {})}
                 name = f"{probe.name}-{plan.jobs[cell.trainings[-1]].name}"
                 full = {**spec, "given": _given(plan, store)}

@@ -32,8 +32,8 @@ class Executor(Protocol):
 
     slots: int
 
-    def submit(self, folder: Path, words: list[str], amount: int, gpus: int) -> Future[int]:
-        """Begin a job; the future is its exit code."""
+    def submit(self, folder: Path, words: list[str], amount: int, gpus: int, threads: int) -> Future[int]:
+        """Begin a job (arguments as those of `perform`; gpus 0: it is kept from them); the future is its exit code."""
         ...
 
     def room(self, gpus: int) -> bool:
@@ -46,20 +46,26 @@ class Executor(Protocol):
 
 
 class Local:
-    """Processes on this machine, each with GPUs of its own where there are any."""
+    """Processes on this machine, each with GPUs of its own where there are any.
 
-    def __init__(self, slots: int | None = None, gpus: list[int] | None = None) -> None:
+    slots: jobs at a time; by default one per GPU, else as many as have `threads` cores each.
+    """
+
+    def __init__(self, slots: int | None = None, gpus: list[int] | None = None, threads: int = 0) -> None:
         self.gpus = local_gpus() if gpus is None else list(gpus)
-        self.slots = slots or (len(self.gpus) or max(1, (os.cpu_count() or 1) // 2))
+        self.slots = slots or (len(self.gpus) or max(1, (os.cpu_count() or 1) // (threads or 2)))
         self._free = list(self.gpus)
         self._pool, self._stop = ThreadPoolExecutor(self.slots), threading.Event()
 
     def room(self, gpus: int) -> bool:
         return not self.gpus or len(self._free) >= min(gpus, len(self.gpus))
 
-    def submit(self, folder: Path, words: list[str], amount: int, gpus: int) -> Future[int]:
+    def submit(self, folder: Path, words: list[str], amount: int, gpus: int, threads: int) -> Future[int]:
         mine = [self._free.pop(0) for _ in range(min(gpus, len(self.gpus)))]
-        future = self._pool.submit(perform, folder, words, amount=amount, gpus=mine, stop=self._stop)
+        seen = mine if gpus else None
+        future = self._pool.submit(
+            perform, folder, words, amount=amount, gpus=seen, threads=threads, stop=self._stop
+        )  # fmt: skip
         future.add_done_callback(lambda _: self._free.extend(mine))
         return future
 
@@ -87,10 +93,10 @@ class Ray:
     def room(self, gpus: int) -> bool:
         return True  # Ray queues
 
-    def submit(self, folder: Path, words: list[str], amount: int, gpus: int) -> Future[int]:
+    def submit(self, folder: Path, words: list[str], amount: int, gpus: int, threads: int) -> Future[int]:
         taken = min(gpus, int(self.cluster.get("GPU", 0)))
-        task = self._ray.remote(num_cpus=1, num_gpus=taken, max_retries=3)(_on_ray)
-        self._tasks.append(task.remote(str(folder.resolve()), words, amount, taken))
+        task = self._ray.remote(num_cpus=threads or 1, num_gpus=taken, max_retries=3)(_on_ray)
+        self._tasks.append(task.remote(str(folder.resolve()), words, amount, taken if gpus else None, threads))
         return self._tasks[-1].future()
 
     def stop(self) -> None:
@@ -99,8 +105,8 @@ class Ray:
         self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=90)
 
 
-def _on_ray(folder: str, words: list[str], amount: int, gpus: int) -> int:
-    return perform(Path(folder), words, amount=amount, gpus=gpus)
+def _on_ray(folder: str, words: list[str], amount: int, gpus: int | None, threads: int) -> int:
+    return perform(Path(folder), words, amount=amount, gpus=gpus, threads=threads)
 
 
 def local_gpus() -> list[int]:
@@ -172,4 +178,4 @@ def _begin(plan: Plan, job: Job, out: Path, executor: Executor) -> Future[int]:
         write_toml(folder / CONFIG, job.config)
     facts: dict[str, Any] = {"id": job.id, "kind": job.kind, "name": job.name, "spec": job.spec, "needs": job.needs}
     folders.write_json(folder / "job.json", {**facts, "command": words})
-    return executor.submit(folder, words, job.amount, job.gpus)
+    return executor.submit(folder, words, job.amount, job.gpus, plan.study.resources.threads)

@@ -23,7 +23,7 @@ from vlm4vla_core.study.jobs import PRODUCT, Job, Plan
 DONE, FAILED, RUNNING = "done.json", "failed.json", "running.json"
 BEAT, STALE = 5.0, 30.0  # seconds between refreshes of running.json, and after which it means nothing
 MISSING = "there is no store"
-STATES = ("done", "shipped", "running", "ready", "waiting", "failed", "blocked")
+STATES = ("done", "shipped", "running", "ready", "waiting", "failed", "blocked", "left out")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ def look(plan: Plan, out: Path) -> Status:
             states[one] = State("shipped")
         else:
             states[one] = _own(job, jobs_folder(out) / job.folder)
-    wanted = plan.closure(one for one in plan.leaves() if states[one].state not in ("shipped", "done"))
+    if study.only_live:
+        for one in set(plan.jobs) - plan.closure(live):
+            if states[one].state in ("ready", "failed"):
+                states[one] = State("left out")
+    wanted = plan.closure(one for one in plan.leaves() if states[one].state not in ("shipped", "done", "left out"))
     wanted |= {one for one in plan.jobs if states[one].state in ("done", "failed", "running")}
     wanted |= {one for one in plan.leaves() if states[one].state == "shipped"}
     for one, job in plan.jobs.items():  # what a job needs comes before it

@@ -10,12 +10,14 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +28,41 @@ LOG = "log.txt"
 _KILL_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 
 
+def hardware_class(threads: int, gpus: int) -> str:
+    """What decides rounding: the processor's model, torch's version, threads, and the GPU where one is used."""
+    name = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        name = platform.processor() or name
+    if gpus and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()
+        name += f", {gpus} x {found[0].strip()}" if found else ""
+    return f"{name}, torch {metadata.version('torch')}, {threads or 'its own'} threads"
+
+
 def perform(
-    folder: Path, words: Sequence[str], *, amount: int, gpus: Sequence[int] | int = (),
+    folder: Path, words: Sequence[str], *, amount: int, gpus: Sequence[int] | int | None = (), threads: int = 0,
     stop: threading.Event | None = None,
 ) -> int:  # fmt: skip
     """Call `vlm4vla WORDS`, and write what came of it into the job's folder; returns the exit code.
 
     amount: episodes asked for. gpus: numbers of those to be seen, or how many the caller has set aside; more than one
-    go through torchrun. stop: when set, the verb is interrupted, which saves; that is neither done nor failed.
+    go through torchrun; None hides them all. threads: of torch, 0 for its own choice. stop: when set, the verb is
+    interrupted, which saves; that is neither done nor failed.
     """
     folder, began = Path(folder), time.time()
     tries = 1 + (folders.read_json(folder / FAILED)["tries"] if (folder / FAILED).is_file() else 0)
-    count = gpus if isinstance(gpus, int) else len(gpus)
+    count = 0 if gpus is None else gpus if isinstance(gpus, int) else len(gpus)
     environment = dict(os.environ)
-    if not isinstance(gpus, int) and gpus:
+    if gpus is None:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif not isinstance(gpus, int) and gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, "-m", "vlm4vla_core.cli", *words]
     facts: dict[str, Any] = {"host": platform.node(), "began": began, "tries": tries}
@@ -65,6 +87,7 @@ def perform(
             (folder / RUNNING).unlink(missing_ok=True)
     facts |= {"seconds": round(time.time() - began, 2), "code": code, "amount": amount}
     if code == 0:
+        facts["hardware"] = hardware_class(threads, count)
         (folder / FAILED).unlink(missing_ok=True)
         folders.write_json(folder / DONE, {**facts, "made_by": folders.provenance()})
     elif code not in (130, -signal.SIGINT):

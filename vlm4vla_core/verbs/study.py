@@ -2,8 +2,8 @@
 
 plan: table of jobs, what exists already, and what the rest would cost. run: do what is missing; issue it again after a
 kill, or when arms were added. status: done, running, failed with reason, time left. export: a bundle with rows,
-settings and numbers for reviewers. verify: check a bundle (FILE is its folder), with --retrain N also by training N
-cells again.
+settings, numbers and figures for reviewers, which the study may then name as shipped. verify: check a bundle (FILE is
+its folder) and make its pages again, with --retrain N also by training N cells again.
 
 Example: vlm4vla study plan studies/nano.toml --device h200
 """
@@ -22,6 +22,7 @@ from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 
 if TYPE_CHECKING:
+    from vlm4vla_core.study.declare import Study
     from vlm4vla_core.study.jobs import Job, Plan
     from vlm4vla_core.study.run import Executor
     from vlm4vla_core.study.state import Status
@@ -38,7 +39,7 @@ class Args:
     out: Path | None = None
     """Study folder; runs/studies/NAME when left out."""
     bundle: Path | None = None
-    """export: folder to write."""
+    """export: folder to write; the one that the study names as shipped when left out."""
     executor: Literal["local", "ray"] = "local"
     """Where jobs run: processes on this machine, or tasks of a Ray cluster."""
     address: str | None = None
@@ -46,7 +47,10 @@ class Args:
     jobs: int | None = None
     """Jobs at a time; by default one per GPU, else one per two cores."""
     only: tuple[str, ...] = ()
-    """run: only these kinds of jobs, or cells as ARM/BACKBONE/PROTOCOL/SEED with * for any, and what they need."""
+    """run: only these kinds of jobs, cells as ARM/BACKBONE/PROTOCOL/SEED with * for any, axes (freezing), or live (the
+    cells that are run although they are shipped), and what they need."""
+    no_pages: bool = False
+    """export, verify: leave the report's pages out."""
     device: str = "cpu-core"
     """plan: what to price in: cpu-core, a100, h100, h200, b200, rtx4090."""
     watch: float | None = None
@@ -71,15 +75,50 @@ def run(args: Args) -> int:
     if args.action == "status":
         return _status(args, plan, out)
     if args.action == "export":
-        from vlm4vla_core.study.bundle import export
-
-        if args.bundle is None:
-            raise InputError("where is the bundle to go?", fix="add --bundle FOLDER")
-        manifest = export(plan, out, args.file, args.bundle)
-        size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-        print(f"{args.bundle}: rows of {len(manifest['jobs'])} jobs, {len(manifest['files'])} files, {size:.1f} MB")
-        return 0
+        return _export(args, plan, out)
     return _run(args, plan, out)
+
+
+def _export(args: Args, plan: Plan, out: Path) -> int:
+    from vlm4vla_core.study.bundle import export, shipped_jobs
+
+    bundle = args.bundle or (plan.study.folder / plan.study.shipped if plan.study.shipped else None)
+    if bundle is None:
+        raise InputError("where is the bundle to go?", fix="add --bundle FOLDER")
+    before = set(shipped_jobs(plan.study.folder / plan.study.shipped)) if plan.study.shipped else set()
+    manifest = export(plan, out, bundle, None if args.no_pages else pages)
+    size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
+    print(f"{bundle}: rows of {len(manifest['jobs'])} jobs, {len(manifest['files'])} files, {size:.1f} MB")
+    if left := before - set(manifest["jobs"]):
+        print(f"left out: rows of {len(left)} shipped jobs that no cell of the declaration has any more")
+    return 0
+
+
+def pages(bundle: Path) -> dict[str, Any]:
+    """What the report's pages of a study say of a bundle: answers, numbers and figures' hashes, by page.
+
+    The pages are made by the verb `report` in a process of its own. Raises InputError when it fails.
+    """
+    import subprocess
+    import sys
+    import tempfile
+    from importlib.metadata import version
+
+    with tempfile.TemporaryDirectory(prefix="vlm4vla-pages-") as scratch:
+        words = ["report", "study", "-p", "study", str(bundle.resolve()), "--out", scratch]
+        done = subprocess.run([sys.executable, "-m", "vlm4vla_core.cli", *words], capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip() or "nothing said").splitlines()[-1]
+            raise InputError(f"the pages could not be made ({said})", where=bundle, fix="--no-pages leaves them out")
+        found = {}
+        for results in sorted(Path(scratch).glob("*/results.json")):
+            told = folders.read_json(results)
+            drawn = folders.read_json(results.parent / f"{results.parent.name}.ipynb")
+            outputs = [one.get("data", {}) for cell in drawn["cells"] for one in cell.get("outputs", [])]
+            figures = ["".join(data["image/svg+xml"]) for data in outputs if "image/svg+xml" in data]
+            hashes = [folders.fingerprint(figure) for figure in figures]
+            found[results.parent.name] = {"answer": told["answer"], "numbers": told["numbers"], "figures": hashes}
+    return {"drawn_with": f"matplotlib {version('matplotlib')}", "pages": found}
 
 
 def _plan(args: Args, plan: Plan, out: Path) -> int:
@@ -106,20 +145,51 @@ def _plan(args: Args, plan: Plan, out: Path) -> int:
             f"{kind:<10}{len(mine):>6}{count['done']:>6}{count['shipped']:>9}{len(todo):>7}{hours:>18.3g}{core:>13.3g}"
         )
     todo = status.of("ready", "waiting", "failed", "blocked", "running")
-    seconds = remaining(plan, status, todo, args.device)
+    seconds = remaining(plan, status, todo, args.device, prices)
     told = f"{DEVICES[args.device] * UTILISATION / 1e12:.3g} TFLOP/s"
     print(f"left: about {_span(seconds)} of one {args.device} ({told} of it used) and one core in turn")
     for note in sorted({status.states[one].note for one in status.of("blocked")}):
         if note.startswith(MISSING):
             print(f"blocked: {note}")
+    axes = _axes(plan, status, args.device, prices)
+    if axes:
+        print(f"{'axis':<14}{'arms':>5}{'cells':>7}{'done':>6}{'shipped':>9}{'left, hours':>13}")
+    for axis in axes:
+        print(
+            f"{axis['axis']:<14}{axis['arms']:>5}{axis['cells']:>7}{axis['done']:>6}{axis['shipped']:>9}"
+            f"{axis['seconds_left'] / 3600:>13.3g}"
+        )
     for cell in plan.cells[:_SHOWN]:
-        print(f"  {cell.name:<64}{_cell_state(cell, status)}")
+        left = remaining(plan, status, _missing(plan, status, [cell]), args.device, prices)
+        print(f"  {cell.name:<64}{_cell_state(cell, status)}{f', {_span(left)}' if left else ''}")
     if len(plan.cells) > _SHOWN:
         print(f"  … and {len(plan.cells) - _SHOWN} more cells")
     if args.json:
-        answer = {"study": plan.study.name, "cells": [cell.name for cell in plan.cells], "kinds": lines}
+        cells = [{"cell": cell.name, "state": _cell_state(cell, status)} for cell in plan.cells]
+        answer = {"study": plan.study.name, "cells": cells, "kinds": lines, "axes": axes}
         folders.write_json(args.json, {**answer, "device": args.device, "seconds_left": seconds})
     return 0
+
+
+def _missing(plan: Plan, status: Status, cells: list[Any]) -> list[str]:
+    """Jobs that these cells still need."""
+    ends = [cell.evaluation for cell in cells if status.states[cell.evaluation].state not in ("done", "shipped")]
+    return [one for one in plan.closure(ends) if status.states[one].state != "done"]
+
+
+def _axes(plan: Plan, status: Status, device: str, prices: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per axis: its arms and cells, and what is left of it by itself (what several axes share counts in each)."""
+    from vlm4vla_core.study.cost import remaining
+
+    lines = []
+    for axis in dict.fromkeys(axis for arm in plan.study.arm for axis in arm.axis):
+        arms = [arm.name for arm in plan.study.arm if axis in arm.axis]
+        cells = [cell for cell in plan.cells if cell.arm in arms]
+        count = Counter(status.states[cell.evaluation].state for cell in cells)
+        line = {"axis": axis, "arms": len(arms), "cells": len(cells), "done": count["done"]}
+        left = remaining(plan, status, _missing(plan, status, cells), device, prices)
+        lines.append({**line, "shipped": count["shipped"], "seconds_left": left})
+    return lines
 
 
 def _cell_state(cell: Any, status: Status) -> str:
@@ -183,7 +253,7 @@ def _run(args: Args, plan: Plan, out: Path) -> int:
     if not status.of("ready", "waiting", "failed", "blocked", "running"):
         print(f"{plan.study.name} in {out} is complete: nothing to do")
     else:
-        status = go(plan, out, _executor(args), told=_told)
+        status = go(plan, out, _executor(args, plan.study), told=_told)
     tables = collect(plan, out, status)
     with held(out, plan):
         tables.write(out / "tables")
@@ -208,11 +278,16 @@ def _part(plan: Plan, only: tuple[str, ...]) -> Plan:
     if not only:
         return plan
     kinds = {job.kind for job in plan.jobs.values()}
+    axes = {
+        axis: [arm.name for arm in plan.study.arm if axis in arm.axis] for arm in plan.study.arm for axis in arm.axis
+    }
     for word in only:
-        if word not in kinds and not any(fnmatch(cell.name, word) for cell in plan.cells):
+        if word not in {*kinds, *axes, "live"} and not any(fnmatch(cell.name, word) for cell in plan.cells):
             known = ", ".join(cell.name for cell in plan.cells[:6])
-            fix = f"kinds: {', '.join(sorted(kinds))}; cells: {known}…"
-            raise InputError(f"no cell or kind of jobs is called '{word}'", fix=fix)
+            fix = f"kinds: {', '.join(sorted(kinds))}; axes: {', '.join(axes) or 'none'}; cells: {known}…"
+            raise InputError(f"no cell, axis or kind of jobs is called '{word}'", fix=fix)
+    only += tuple(f"{arm}/*" for word in only if word in axes for arm in axes[word])
+    only += plan.study.live if "live" in only else ()
     cells = [cell for cell in plan.cells if any(fnmatch(cell.name, word) for word in only)]
     asked = plan.asked if "ask" in only else {}
     probes = plan.probes if "probe" in only else {}
@@ -222,12 +297,15 @@ def _part(plan: Plan, only: tuple[str, ...]) -> Plan:
     return AnyPlan(plan.study, plan.jobs, cells, baselines, asked, probes)
 
 
-def _executor(args: Args) -> Executor:
+def _executor(args: Args, study: Study) -> Executor:
     from vlm4vla_core.study.run import Local, Ray
 
     if args.jobs is not None and args.jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {args.jobs}")
-    return Ray(args.address, args.jobs) if args.executor == "ray" else Local(args.jobs)
+    resources = study.resources
+    if args.executor == "ray":
+        return Ray(args.address, args.jobs)
+    return Local(args.jobs, None if resources.train_gpus else [], resources.threads)
 
 
 def _told(job: Job, code: int) -> None:
@@ -235,16 +313,16 @@ def _told(job: Job, code: int) -> None:
 
 
 def _verify(args: Args) -> int:
-    from vlm4vla_core.study import expand, read_study
-    from vlm4vla_core.study.bundle import DECLARATION, retrain, verify
+    from vlm4vla_core.study import expand
+    from vlm4vla_core.study.bundle import open_bundle, retrain, verify
     from vlm4vla_core.study.run import run as go
 
-    checks = verify(args.file)
+    checks = verify(args.file, None if args.no_pages else pages)
     if args.retrain:
-        study = read_study(args.file / DECLARATION).model_copy(update={"shipped": "."})
+        study = open_bundle(args.file).plan().study
         out = args.out or Path("runs/studies") / f"{study.name}-again"
         checks += retrain(
-            expand(study), args.retrain, out, args.seed, lambda plan, folder: go(plan, folder, _executor(args))
+            expand(study), args.retrain, out, args.seed, lambda plan, folder: go(plan, folder, _executor(args, study))
         )
     for check in checks:
         print(f"{'ok  ' if check.holds else 'BAD '} {check.what}: {check.found}")
