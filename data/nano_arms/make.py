@@ -66,7 +66,7 @@ def train(arm: Arm, seed: int, base: Path, runs: Path, steps: int) -> Path:
     run = runs / f"{arm.name}-{seed}"
     verb(
         "train", "nano", "--backbone", base, "--data", RUNS / "demos", "--out", run, "--seed", str(seed),
-        "--max-steps", str(steps), "--save-every", "0", "--val-every", "0", "--val-rows", "128", "--snapshots", "sketch",
+        "--max-steps", str(steps), "--save-every", "0", "--val-every", "0", "--val-rows", "96", "--snapshots", "sketch",
         *arm.settings,
         cost=None if (run / "checkpoints" / f"step-{steps:06d}").is_dir() else cost_of(run),
     )  # fmt: skip
