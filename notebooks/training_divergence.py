@@ -16,41 +16,63 @@
 # %% [markdown]
 # # Where do VLM training and VLA training part?
 #
-# Two trainings started from one base: one on questions about the scene (VLM), one on actions (VLA). Their weight
-# changes are compared per module group in size and direction, and the gradients of the two losses at the base in
-# direction. Two random changes of so many parameters have a cosine very near zero, so that bar is low; two runs of
-# the *same* objective from other seeds are the comparison that counts: where `vlm4vla diverge --trajectory` was given
-# four recorded runs per arm, the step after which the arms part is told with its p; otherwise the lines below say that
-# there is no ceiling.
+# Two trainings started from one base: one on questions about the scene (VLM), one on actions (VLA). What they did to
+# the weights, in which way their losses pull, what is left of the representations, and what lies between them.
+# Nothing here stands alone: two *seeds of one training* are the ceiling of a comparison; changes drawn at random,
+# permuted labels and shuffled frames are its floor.
 
 # %% tags=["parameters"]
-divergence = "runs/walk/divergence"
+base = "data/nano_arms/base"
+vlm = ["data/nano_arms/vlm"]
+vla = ["data/nano_arms/vla", "data/nano_arms/vla-twin"]
+trajectories = ["data/nano_arms/trajectories/*"]
+data = "data/nano_arms/probes"
+groups = []
+layers = ["vision.0..-1", "projector", "decoder.0..-1"]
+frames = 300
+batches = 8
+seed = 0
 
 # %%
 from probes.report.params import TrainingDivergenceParams
 
-params = TrainingDivergenceParams(divergence=divergence)
+params = TrainingDivergenceParams(
+    base=base, vlm=vlm, vla=vla, trajectories=trajectories, data=data, groups=groups, layers=layers, frames=frames,
+    batches=batches, seed=seed,
+)  # fmt: skip
 
 # %%
-from probes.figures_probe import divergence_figure
+from IPython.display import display
+
 from probes.report import pages
 from probes.report.views import training_divergence as view
 
-told, weights, gradients = view.open_inputs(params.divergence)
-figure = divergence_figure(weights, gradients)
-words = view.figure_words(weights)
+found = view.open_inputs(params)
+figure, words = view.weights_figure(found), view.figure_words(found)
 pages.show(figure, alt=words)
 
+# %% [markdown]
+# ## At a glance
+
 # %%
-pages.table(view.verdict_table(told))
+pages.statements(view.glance(found))
 
 # %% [markdown]
 # ## The weights
-#
-# Change: |new − base| / |base| of the group. Cosine: between the two changes.
 
 # %%
-pages.table(view.weight_table(weights))
+pages.table(view.weight_table(found), caption=view.weight_words(found))
+
+# %% [markdown]
+# ## The way there
+#
+# Several seeds of both trainings from the same base, recorded on the way. The corrected cosine rests on products of
+# different seeds only. The arms part at the step after which they lie further apart than the seeds of either do, at
+# every later step; how often permuted labels reach as much is the p. A path that looks planned in two dimensions is no
+# finding: beside its principal components stand those of walks without a plan.
+
+# %%
+display(*[pages.show(picture, alt=told) for picture, told in view.pictures(found, "paths")])
 
 # %% [markdown]
 # ## The gradients at the base
@@ -59,7 +81,8 @@ pages.table(view.weight_table(weights))
 # gradients of independent half-batches of the same loss have in common. It may pass ±1 by the noise that is left.
 
 # %%
-pages.table(view.gradient_table(gradients), caption=view.gradient_words(told))
+display(*[pages.show(picture, alt=told) for picture, told in view.pictures(found, "gradients")])
+pages.table(view.gradient_table(found), caption=view.gradient_words(found))
 
 # %% [markdown]
 # ## A step on one objective, and the losses of both
@@ -67,24 +90,33 @@ pages.table(view.gradient_table(gradients), caption=view.gradient_words(told))
 # One step of a thousandth of the weights' norm, along the gradient of one half-batch; losses of another one.
 
 # %%
-pages.table(view.interference_table(told))
+pages.table(view.interference_table(found))
 
 # %% [markdown]
-# ## What else was measured
+# ## The representations
 #
-# Every panel shows its null and its ceiling where there is one.
+# Debiased CKA of each layer with the base's, and a linear readout that was fitted to the base's features and is then
+# given those of the others. Features that were only turned keep their CKA and their own readout, and lose the
+# carried one.
 
 # %%
-from IPython.display import display
+display(*[pages.show(picture, alt=told) for picture, told in view.pictures(found, "representations")])
 
-display(*[pages.show(picture, alt=words) for picture, words in view.further_figures(params.divergence)])
+# %% [markdown]
+# ## What lies between
+#
+# Both losses on straight lines between the checkpoints, beside lines to random changes that are as long in every
+# tensor, and on the plane of both changes. The action loss goes through one query and head at every point, the VLA's.
+
+# %%
+display(*[pages.show(picture, alt=told) for picture, told in view.pictures(found, "lines")])
 
 # %%
 pages.finish(
     params,
-    answer=view.answer(told, gradients),
-    badges=view.badges(told),
-    numbers=view.numbers(told),
+    answer=view.answer(found),
+    badges=view.badges(found),
+    numbers=view.numbers(found),
     figure=figure,
     alt=words,
 )

@@ -10,7 +10,7 @@ objective from other seeds are the comparison that counts. The random null is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from probes.gradients import GradientDivergence
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.policy import VLAPolicy
+    from vlm4vla_core.vqa.files import QuestionFile
 
 PIECE = 1 << 17  # elements at once: what a processor's cache holds, so that reading is what takes the time
 CHUNK = 32  # pieces that a thread takes at once
@@ -202,28 +203,31 @@ def _added(parts: list[Sums]) -> Sums:
 
 def gradient_divergence(
     policy: VLAPolicy,
-    questions_from: EpisodeStore,
+    questions_from: EpisodeStore | QuestionFile,
     actions_from: EpisodeStore,
     *,
     batches: int = 16,
     batch_size: int = 16,
     pilots: int = 0,
     fast: bool = False,
+    kinds: Sequence[str] = (),
     seed: int = 0,
     memory_gb: float = 2.0,
     progress: Callable[[int], Any] | None = None,
 ) -> GradientDivergence:
     """Gradients of the language loss (A) and the action loss (C) in the shared backbone, at its present weights.
 
-    questions_from: store that questions are generated from; actions_from: store of demonstrations (`probes.losses`).
-    pilots: batches for AdamW's second moments. fast: chunks as FAST tokens as a third loss (F). The query and the head
-    are left out: only the action loss reaches them. The policy is left as it was, to the bit. Raises InputError for a
-    batch size below 2 and for a store of another action convention.
+    questions_from: store that questions (of these kinds) are generated from, or question files; actions_from: store of
+    demonstrations (`probes.losses`). pilots: batches for AdamW's second moments. fast: chunks as FAST tokens as a third
+    loss (F). The query and the head are left out: only the action loss reaches them. The policy is left as it was, to
+    the bit. Raises InputError for a batch size below 2 and for a store of another action convention.
     """
     from probes.gradients import gradient_cosines
     from probes.losses import measuring, policy_losses
 
-    losses = policy_losses(policy, questions_from, actions_from, batch_size=batch_size, seed=seed, fast=fast)
+    losses = policy_losses(
+        policy, questions_from, actions_from, batch_size=batch_size, kinds=kinds, seed=seed, fast=fast
+    )
     with measuring(policy):
         return gradient_cosines(
             losses.parameters, losses.groups, losses.language, losses.action, loss_f=losses.fast,

@@ -1,4 +1,4 @@
-"""Figures of paths, gradients and lines between checkpoints, each from the tidy table that its result writes.
+"""Figures of divergences: weights, gradients, representations, paths and lines, each from its result's tidy table.
 
     save_figure(parting_figure(frame, verdicts), folder / "trajectory")
 
@@ -12,11 +12,116 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probes.figures_probe import MANY, thinned
 from probes.style import GRID, INK, MUTED, PALETTE, SMALL, TWO_COLUMN, figure_style, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+A_COLOUR, C_COLOUR = PALETTE[0], PALETTE[1]
+LOSSES = {"A": "language", "C": "action", "F": "FAST"}
+
+
+@figure_style()
+def divergence_figure(
+    weights: pd.DataFrame,
+    gradients: pd.DataFrame | None = None,
+    *,
+    label_a: str = "VLM-trained",
+    label_c: str = "VLA-trained",
+) -> Figure:
+    """Per module group, in network order: size of both weight changes, their cosine, and the gradients' cosine.
+
+    weights: `WeightDivergence.to_frame()`, perhaps with ceiling_a and ceiling_c, the cosines of two seeds of one arm
+    (dashes). gradients: `GradientDivergence.to_frame()`. Shaded: where the cosine of two random changes lies (±2 sd);
+    error bars: bootstrap over batches; crosses: gradients below noise.
+    """
+    groups = list(weights["group"])
+    panels = 2 if gradients is None else 3
+    fig, axes = new_figure(panels, 1, height=0.75 + 1.35 * panels, sharex=True)
+    place = np.arange(len(groups))
+    sizes, cosines = axes[0, 0], axes[1, 0]
+    for column, label, colour, marker, aside in (
+        ("rel_norm_a", label_a, A_COLOUR, "o", -0.13),
+        ("rel_norm_c", label_c, C_COLOUR, "s", 0.13),
+    ):
+        values = [_number(value) for value in weights[column]]
+        sizes.plot(place + aside, values, marker=marker, linestyle="none", color=colour, label=label)
+    top = float(np.nanmax(weights[["rel_norm_a", "rel_norm_c"]].to_numpy(float), initial=0.0)) or 1.0
+    sizes.set_ylim(-0.04 * top, 1.35 * top)  # the legend stands above all points
+    sizes.set_ylabel("|change| / |base|")
+    sizes.set_title("How far the weights moved")
+    _legend(sizes)
+
+    null = 2 * np.array([_number(value) for value in weights["null_sd"]])
+    cosines.bar(place, 2 * null, bottom=-null, width=0.8, color=GRID, label="random changes, ±2 sd")
+    tops = []
+    for column, label, colour in (("ceiling_a", label_a, A_COLOUR), ("ceiling_c", label_c, C_COLOUR)):
+        values = [_number(value) for value in weights[column]] if column in weights else []
+        if np.isfinite(values).any():
+            cosines.plot(place, values, "_", color=colour, markersize=7, label=f"two seeds, {label}")
+            tops += values
+    cosines.plot(
+        place, [_number(value) for value in weights["cosine"]], "D", color=PALETTE[2], label="cosine of the changes"
+    )
+    _cosine_axis(cosines, [_number(value) for value in weights["cosine"]] + [-float(np.nanmax(null))] + tops)
+    if not tops:
+        cosines.plot([], [], " ", label="no ceiling: one seed per arm")
+    cosines.set_title("In the same direction?")
+    _legend(cosines)
+    if gradients is not None:
+        _gradient_panel(axes[2, 0], groups, gradients)
+    axes[-1, 0].set_xticks(place, thinned(groups), rotation=60, ha="right", rotation_mode="anchor")
+    axes[-1, 0].set_xlim(-0.7, len(groups) - 0.3)
+    if len(groups) > MANY:
+        for axis in axes[:, 0]:
+            axis.grid(axis="x", visible=False)
+            for line in axis.lines:
+                line.set_markersize(2.5)
+    return fig
+
+
+def _gradient_panel(axis: Axes, groups: list[str], gradients: pd.DataFrame) -> None:
+    rows = {row["group"]: row for row in gradients.to_dict("records")}
+    drawn: list[float] = []
+    labels = {"corrected": "noise-corrected", "naive": "naive", "below": "too noisy to say"}
+    for place, group in enumerate(groups):
+        if group not in rows:
+            continue
+        row = {name: value if name in ("group", "verdict") else _number(value) for name, value in rows[group].items()}
+        if np.isfinite(row["low"]):
+            axis.plot([place, place], [row["low"], row["high"]], color=PALETTE[3], linewidth=1.2)
+            axis.plot(place, row["corrected"], "o", color=PALETTE[3], label=labels.pop("corrected", None))
+            drawn += [row["low"], row["high"]]
+        elif row["verdict"] != "no gradient":
+            axis.plot(place, 0, "x", color=PALETTE[3], label=labels.pop("below", None))
+        if np.isfinite(row["naive"]):
+            axis.plot(place, row["naive"], "o", markerfacecolor="none", color=MUTED, label=labels.pop("naive", None))
+            drawn.append(row["naive"])
+    _cosine_axis(axis, drawn)
+    axis.set_title("Gradients of the two losses at the base")
+    _legend(axis)
+
+
+def _cosine_axis(axis: Axes, values: list[float]) -> None:
+    """Cosines on an axis that always shows 0; at most ±1.5, since corrected ones may pass 1 by their noise."""
+    finite = [min(1.5, max(-1.5, value)) for value in values if np.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    reach = max(0.1, high, -low)
+    axis.set_ylim(min(1.15 * low, -0.3 * reach), 1.1 * max(high, 0.3 * reach) + 0.35 * reach)  # legend above all
+    axis.axhline(0, color=MUTED, linewidth=0.7)
+    axis.set_ylabel("cosine")
+
+
+def _legend(axis: Axes) -> None:
+    axis.legend(loc="upper left", ncols=3, handletextpad=0.2, handlelength=1.2, columnspacing=1.0, borderaxespad=0.1)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
 
 
 @figure_style()
@@ -111,7 +216,7 @@ def path_figure(points: np.ndarray, shares: pd.DataFrame, arms: tuple[str, ...])
 def gradients_figure(rows: pd.DataFrame) -> Figure:
     """Corrected cosine per module group, one panel per pair of losses and form, one line per checkpoint.
 
-    rows: at, pair, form, group, corrected, low, high. Bands: 95 % over batches; gaps: below noise. Null: 0.
+    rows: at, pair, form, group, corrected, low, high. Bands: 95 % over batches; crosses: too noisy to say. Null: 0.
     """
     panels = list(dict.fromkeys(zip(rows["pair"], rows["form"], strict=True)))
     fig, axes = new_figure(len(panels), 1, width=TWO_COLUMN, height=0.9 + 1.5 * len(panels), sharex=True)
@@ -121,36 +226,142 @@ def gradients_figure(rows: pd.DataFrame) -> Figure:
         part = rows[(rows["pair"] == pair) & (rows["form"] == form)]
         for number, (at, own) in enumerate(part.groupby("at", sort=False)):
             own, colour = own.set_index("group").reindex(groups), PALETTE[number % len(PALETTE)]
+            noisy = own["low"].isna().to_numpy()
+            axis.plot(place[noisy], np.zeros(noisy.sum()), "x", color=colour, markersize=4)
             axis.fill_between(place, own["low"].clip(-1.5, 1.5), own["high"].clip(-1.5, 1.5), color=colour, alpha=0.2,
                               linewidth=0)  # fmt: skip
             axis.plot(place, own["corrected"].where(own["low"].notna()), "o-", color=colour, markersize=3, label=at)
         axis.axhline(0, color=MUTED, linewidth=0.8)
-        axis.axhline(1, color=PALETTE[2], linewidth=0.8, linestyle="--")  # one loss with itself
+        axis.axhline(1, color=PALETTE[2], linewidth=0.8, linestyle="--", label="one loss with itself")
+        axis.plot([], [], "x", color=MUTED, markersize=4, label="too noisy to say")
         axis.set_ylabel("cosine")
-        axis.set_title(f"{pair}, {'plain gradients' if form == 'raw' else 'AdamW steps'}")
+        one, other = (LOSSES[side] for side in pair.split("-"))
+        axis.set_title(f"{one} and {other} loss, {'plain gradients' if form == 'raw' else 'AdamW steps'}")
         axis.set_ylim(-1.1, 1.3)
     axes[0, 0].legend(fontsize=SMALL, ncols=4)
     axes[-1, 0].set_xticks(place, groups, rotation=60, ha="right", rotation_mode="anchor")
     return fig
 
 
+BESIDE = {"B→A": ("B→random A",), "B→C": ("B→random C",), "A→C": ("A→A'", "C→C'")}  # null or ceiling of each line
+
+
 @figure_style()
 def lines_figure(rows: pd.DataFrame, barriers: pd.DataFrame) -> Figure:
-    """Each loss (down) along each line (across) with standard errors; dashed: no barrier.
+    """Each loss (down) along each line (across) with standard errors, beside its null (a random change as long) or its
+    ceiling (two seeds of one arm). Dashed: no barrier.
 
     rows: `Plane.to_frame()` of lines; barriers: `Plane.barriers()`.
     """
-    losses, lines = list(dict.fromkeys(rows["loss"])), list(dict.fromkeys(rows["line"]))
-    size = {"width": TWO_COLUMN, "height": 0.5 + 1.6 * len(losses)}
+    losses, lines = list(dict.fromkeys(rows["loss"])), [line for line in BESIDE if (rows["line"] == line).any()]
+    size = {"width": TWO_COLUMN, "height": 0.8 + 1.6 * len(losses)}
     fig, axes = new_figure(len(losses), len(lines), **size, sharex=True, sharey="row")
+    handles: dict[str, Any] = {}
     for i, loss in enumerate(losses):
+        mine = rows[rows["loss"] == loss]
         for j, line in enumerate(lines):
-            own = rows[(rows["loss"] == loss) & (rows["line"] == line)]
-            axes[i, j].errorbar(own["share"], own["value"], own["stderr"], fmt="o-", color=PALETTE[i], markersize=3)
-            axes[i, j].plot([0, 1], own["value"].iloc[[0, -1]], "--", color=MUTED, linewidth=0.9)
+            axis = axes[i, j]
+            for number, other in enumerate(BESIDE[line]):
+                if len(null := mine[mine["line"] == other]):
+                    label = "random change, as long" if "random" in other else f"{other}: another seed"
+                    colour = MUTED if "random" in other else PALETTE[2 + number]
+                    axis.plot(null["share"], null["value"], "x:", color=colour, markersize=3, linewidth=1, label=label)
+            own = mine[mine["line"] == line]
+            axis.errorbar(own["share"], own["value"], own["stderr"], fmt="o-", color=PALETTE[i], markersize=3)
+            axis.plot([0, 1], own["value"].iloc[[0, -1]], "--", color=MUTED, linewidth=0.9, label="no barrier")
             known = barriers[(barriers["loss"] == loss) & (barriers["line"] == line)].iloc[0]
-            told = f"barrier {known['barrier']:.3g}\n({known['low']:.3g} to {known['high']:.3g})"
-            axes[i, j].annotate(told, (0.04, 0.96), xycoords="axes fraction", va="top", fontsize=SMALL)
-            axes[i, j].set_title(line if i == 0 else "")
+            if i == 0:
+                axis.set_title(line, pad=12)
+            told = f"barrier {known['barrier']:.3g} ({known['low']:.3g} to {known['high']:.3g})"
+            axis.annotate(told, (0.03, 1.0), xycoords="axes fraction", va="bottom", fontsize=SMALL)
+            handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        if "A→C" in lines and not any((rows["line"] == other).any() for other in BESIDE["A→C"]):
+            axes[i, lines.index("A→C")].annotate(
+                "ceiling missing: one seed per arm", (0.97, 0.02), xycoords="axes fraction", ha="right", fontsize=SMALL
+            )
         axes[i, 0].set_ylabel(f"{loss} loss")
+    for axis in axes[-1]:
+        axis.set_xlabel("share of the way")
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=SMALL)
+    return fig
+
+
+@figure_style()
+def plane_figure(rows: pd.DataFrame) -> Figure:
+    """Both losses at B + a (A - B) + c (C - B). rows: `Plane.to_frame()` of a grid."""
+    losses = list(dict.fromkeys(rows["loss"]))
+    fig, axes = new_figure(1, len(losses), width=TWO_COLUMN, height=2.7)
+    for axis, loss in zip(axes[0], losses, strict=True):
+        grid = rows[rows["loss"] == loss].pivot(index="c", columns="a", values="value")
+        image = axis.imshow(np.log10(grid.clip(lower=1e-12)), origin="lower", aspect="auto")
+        middle = float(np.log10(grid.clip(lower=1e-12)).stack().mean())
+        for (y, x), value in np.ndenumerate(grid.to_numpy()):
+            colour = INK if np.log10(max(value, 1e-12)) > middle else "white"
+            axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=SMALL, color=colour)
+        for name, a, c in (("B", 0, 0), ("A", 1, 0), ("C", 0, 1)):
+            if a in grid.columns and c in grid.index:
+                x, y = grid.columns.get_loc(a), grid.index.get_loc(c)
+                axis.text(x - 0.42, y + 0.3, name, fontsize=SMALL, weight="bold", color=PALETTE[1])
+        axis.set_xticks(range(grid.shape[1]), [f"{a:g}" for a in grid.columns])
+        axis.set_yticks(range(grid.shape[0]), [f"{c:g}" for c in grid.index])
+        axis.set_xlabel("a, share of A's change")
+        axis.set_ylabel("c, share of C's change")
+        axis.set_title(f"{loss} loss")
+        axis.grid(visible=False)
+        fig.colorbar(image, ax=axis, pad=0.02).set_label("log₁₀")
+    return fig
+
+
+@figure_style()
+def representations_figure(scores: pd.DataFrame, alike: pd.DataFrame) -> Figure:
+    """Left: debiased CKA by layer, of every model with the base and of A with C, above the floor of shuffled frames and
+    below other seeds. Right: the base's readout on each model (filled) and each model's own (open), with intervals.
+
+    scores: `Transfer.to_frame()` with a target column; alike: `Transfer.similarity_frame()`.
+    """
+    layers = list(dict.fromkeys(alike["layer"]))
+    models = [name for name in dict.fromkeys(scores["model"]) if name != "base"]
+    colours = {name: MUTED if name == "untrained" else PALETTE[i % 6] for i, name in enumerate(models)}
+    fig, axes = new_figure(1, 2, width=TWO_COLUMN, height=3.4)
+    left, right = axes[0]
+    place = np.arange(len(layers))
+    for (a, b), own in alike.groupby(["a", "b"], sort=False):
+        own = own.set_index("layer").reindex(layers)
+        twin = b.endswith("other seed")
+        if a != "base":
+            look = {"color": INK, "marker": "D"} if not twin else {"color": colours[b], "marker": "", "linestyle": "--"}
+            label = "A with C" if not twin else f"{a} with its other seed (ceiling)"
+        else:
+            look = {"color": colours[b], "marker": "o", "linestyle": ":" if b == "untrained" or twin else "-"}
+            label = f"{b} with the base"
+        left.fill_between(place, own["low"], own["high"], color=look["color"], alpha=0.15, linewidth=0)
+        left.plot(place, own["cka"], label=label, markersize=3, **look)
+    floor = alike.groupby("layer", sort=False)["floor"].max().reindex(layers)
+    left.fill_between(place, -0.05, floor, color=GRID, label="shuffled frames, 95 %", linewidth=0)
+    left.set_ylim(-0.05, 1.05)
+    left.set_ylabel("debiased CKA")
+    left.set_title("Are they alike?")
+    for name in ["base", *models]:
+        own = scores[scores["model"] == name]
+        for kind, offset in (("transferred", -0.08), ("own", 0.08)):
+            rows = own[own["readout"] == kind].set_index("layer").reindex(layers)
+            if rows["score"].isna().all():
+                continue
+            colour, filled = colours.get(name, INK), kind == "transferred"
+            right.errorbar(
+                place + offset, rows["score"], [rows["score"] - rows["low"], rows["high"] - rows["score"]],
+                fmt="o-" if filled else "o", color=colour, markersize=3.5, elinewidth=0.7,
+                linewidth=1.2 if name != "untrained" else 0.8, markerfacecolor=colour if filled else "white",
+                label={"base": "base, its own readout"}.get(name, f"{name}, the base's readout") if filled else None,
+            )  # fmt: skip
+    right.plot([], [], "o", color=MUTED, markerfacecolor="white", markersize=3.5, label="own readout")
+    shuffled = float(np.nanmax(scores["shuffled"], initial=0.0))
+    right.axhline(shuffled, color=MUTED, linestyle="--", linewidth=0.8, label="labels of other episodes, 95 %")
+    right.axhline(0, color=MUTED, linewidth=0.7)
+    right.set_ylim(max(-0.6, 1.1 * min(0.0, float(np.nanmin(scores["score"])))) - 0.05, 1.05)
+    right.set_ylabel("score on held-out episodes")
+    right.set_title(f"Does the base's readout of {scores['target'].iloc[0]} hold?")
+    for axis in (left, right):
+        axis.set_xticks(place, layers, rotation=60, ha="right", rotation_mode="anchor")
+        axis.legend(fontsize=SMALL, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
     return fig

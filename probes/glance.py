@@ -26,8 +26,8 @@ def module_of(group: str) -> str:
 def glance(weights: pd.DataFrame, parting: Parting | None = None) -> list[str]:
     """Lines such as "vision tower: the arms part after step 64 (…)".
 
-    weights: `WeightDivergence.to_frame()`. Without recorded paths of several seeds the line gives sizes and angle of
-    the changes, beside the random null, and says that there is no ceiling.
+    weights: `WeightDivergence.to_frame()`, perhaps with ceiling_a and ceiling_c. Without recorded paths of four seeds
+    per arm the line gives the angle of the changes beside the random null and the ceiling, or says that there is none.
     """
     if parting is not None:
         return [f"{name}: {found.verdict}" for name, found in parting.modules.items()]
@@ -39,8 +39,11 @@ def glance(weights: pd.DataFrame, parting: Parting | None = None) -> list[str]:
             continue
         count = int((rows["cosine"].abs() > 3 * rows["null_sd"])[known].sum())
         low, high = np.nanmin(rows["cosine"]), np.nanmax(rows["cosine"])
+        ceilings = [rows[name][known].mean() for name in ("ceiling_a", "ceiling_c") if name in rows]
+        told = " and ".join(f"{value:+.2f}" for value in ceilings if value == value)
+        told = f"other seeds of one training {told}" if told else "no ceiling (one seed per arm)"
         lines.append(
             f"{module}: cosine of the changes {low:+.2f} to {high:+.2f}, beyond 3 sd of random changes in {count} of "
-            f"{int(known.sum())} groups; no ceiling (one seed per arm), so whether the arms part is undetermined"
+            f"{int(known.sum())} groups; {told}, so whether the arms part is undetermined"
         )
     return lines

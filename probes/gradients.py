@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FLOOR = 1e-4  # of the mean second moment of a module group
+
+
 class GradientCosine(NamedTuple):
     """Gradients of loss A and loss C with respect to one module group, from K batches of two halves each.
 
@@ -119,10 +122,11 @@ def gradient_cosines(
 
     parameters: name -> torch Parameter; groups: name -> module group (a parameter in no group is left out).
     loss_a, loss_c, loss_f: (batch k, half 0 or 1) -> scalar loss of an independent draw of data. pilots: batches
-    beyond the others, each loss's own, from which AdamW's second moments are taken (0: plain gradients alone); its
-    step is g / (sqrt(mean g²) + 1e-8), and 0 where no pilot saw a gradient. All half-batch gradients (float32) are
-    kept for all-pairs products when they fit `memory_gb`, else only those of the current batch, which costs
-    precision, not correctness. The weights and their `.grad` are left as they are.
+    beyond the others, each loss's own, from which AdamW's second moments v are taken (0: plain gradients alone); its
+    step is g / (sqrt(v) + 1e-8), and 0 where no pilot saw a gradient; v counts as at least a ten-thousandth of its mean
+    over the group, or the rows of rare words, of which the pilots saw next to nothing, would be all of the step.
+    All half-batch gradients (float32) are kept for all-pairs products when they fit `memory_gb`, else only those of the
+    current batch, which costs precision, not correctness. The weights and their `.grad` are left as they are.
     Raises InputError for fewer than 2 batches and for a loss that is not finite.
     """
     if batches < 2:
@@ -185,7 +189,10 @@ def _moments(
         for half in (0, 1):
             for group, vector in _gradient(loss(k, half), weights, members, side).items():
                 squares[group] = squares.get(group, torch.zeros(())) + vector.square() / (2 * pilots)
-    return {group: torch.where(v > 0, 1 / (v.sqrt() + 1e-8), 0.0) for group, v in squares.items()}
+    return {
+        group: torch.where(v > 0, 1 / (v.clamp(min=FLOOR * float(v.mean())).sqrt() + 1e-8), 0.0)
+        for group, v in squares.items()
+    }
 
 
 def cosine_from_gram(gram: np.ndarray, group: str = "", n_params: int = 0, resamples: int = 1000, seed: int = 0,

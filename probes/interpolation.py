@@ -1,6 +1,7 @@
 """Losses along straight lines between base, A and C, and on the plane that the two changes span.
 
     found = losses_between(parameters, ends, losses)      # B→A, B→C, A→C: curves, barriers with intervals
+    null = losses_between(parameters, random_ends(ends), losses)         # the same to random changes as long
     grid = task_arithmetic(parameters, ends, losses)      # B + a (A - B) + c (C - B)
 
 ends: three mappings name -> tensor for the parameters that move. All points of a line see the same batches, so
@@ -91,16 +92,18 @@ def barrier(values: np.ndarray, shares: np.ndarray, *, resamples: int = 1000, se
 
 def losses_between(
     parameters: Mapping[str, Any], ends: Sequence[Mapping[str, Tensor]], losses: Mapping[str, Loss], *,
-    points: int = 9, batches: int = 8, progress: Callable[[int], Any] | None = None,
+    points: int = 9, batches: int = 8, lines: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = LINES,
+    progress: Callable[[int], Any] | None = None,
 ) -> Plane:  # fmt: skip
-    """Both losses at `points` equally spaced points of the lines B→A, B→C and A→C, ends included."""
+    """Both losses at `points` equally spaced points of lines, ends included. lines: name -> (a, c) of both ends, by
+    default B→A, B→C and A→C."""
     if points < 3:
         raise InputError(f"{points} points on a line show no barrier", fix="use --interpolate 3 or more")
-    shares, places, lines = np.linspace(0, 1, points), dict[tuple[float, float], int](), {}
-    for name, (start, end) in LINES.items():
+    shares, places, found = np.linspace(0, 1, points), dict[tuple[float, float], int](), {}
+    for name, (start, end) in lines.items():
         way = [tuple(round(float((1 - s) * x + s * y), 12) for x, y in zip(start, end, strict=True)) for s in shares]
-        lines[name] = (np.array([places.setdefault(point, len(places)) for point in way]), shares)  # type: ignore[arg-type]
-    return Plane(tuple(places), _measure(parameters, ends, losses, list(places), batches, progress), lines)
+        found[name] = (np.array([places.setdefault(point, len(places)) for point in way]), shares)  # type: ignore[arg-type]
+    return Plane(tuple(places), _measure(parameters, ends, losses, list(places), batches, progress), found)
 
 
 def task_arithmetic(
@@ -131,6 +134,35 @@ def _measure(
             if progress:
                 progress(1)
     return values
+
+
+@dataclass(frozen=True)
+class _Drawn(Mapping[str, "Tensor"]):
+    """Base plus a random change of every tensor, as long as the one to `end`; drawn when asked for."""
+
+    base: Mapping[str, Tensor]
+    end: Mapping[str, Tensor]
+    seed: Sequence[int]
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        start = self.base[name].float()
+        own = np.random.SeedSequence([*self.seed, *name.encode()]).generate_state(1, np.uint64)[0]
+        noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(int(own)))
+        length = (self.end[name].float() - start).norm()
+        return start + noise * (length / noise.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+def random_ends(ends: Sequence[Mapping[str, Tensor]], seed: int = 0) -> list[Mapping[str, Tensor]]:
+    """The null of lines: base, and in place of A and C random changes that are as long in every tensor."""
+    return [ends[0], *(_Drawn(ends[0], end, (seed, side)) for side, end in enumerate(ends[1:]))]
 
 
 @contextmanager

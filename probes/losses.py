@@ -10,7 +10,7 @@ backbone serves a random readout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.policy import VLAPolicy
+    from vlm4vla_core.vqa import Question
+    from vlm4vla_core.vqa.files import QuestionFile
 
 Loss = Callable[[int, int], "Tensor"]
 
@@ -41,17 +43,21 @@ class Losses:
 
 
 def policy_losses(
-    policy: VLAPolicy, questions_from: EpisodeStore, actions_from: EpisodeStore, *, batch_size: int = 16, seed: int = 0,
-    fast: bool = False,
+    policy: VLAPolicy, questions_from: EpisodeStore | QuestionFile, actions_from: EpisodeStore, *, batch_size: int = 16,
+    kinds: Sequence[str] = (), seed: int = 0, fast: bool = False,
 ) -> Losses:  # fmt: skip
     """Losses of a policy on half-batches of batch_size // 2 training frames.
 
-    questions_from: store that questions are generated from; actions_from: store of demonstrations. fast: chunks as
-    FAST tokens too, by a tokenizer fitted to these demonstrations. Raises InputError for a batch size below 2 and for
-    a store of another action convention.
+    questions_from: store that questions are generated from, or question files; kinds: of questions, as in training.
+    actions_from: store of demonstrations. fast: chunks as FAST tokens too, by a tokenizer fitted to these
+    demonstrations. Raises InputError for a batch size below 2 and for a store of another action convention.
     """
+    from torch.nn.functional import cross_entropy
+
     from vlm4vla_core.episodes.sampling import action_chunks, split_episodes
-    from vlm4vla_core.vqa import questions
+    from vlm4vla_core.vqa import pictures
+    from vlm4vla_core.vqa.embodied import NothingToAsk, questions
+    from vlm4vla_core.vqa.files import QuestionFile
 
     if batch_size < 2:
         raise InputError(f"a batch of {batch_size} has no two halves", fix="use --batch-size 2 or more")
@@ -59,21 +65,38 @@ def policy_losses(
     if wrong:
         raise InputError(f"the policy's actions mean something else: {'; '.join(wrong)}", where=actions_from.path)
     backbone, config = policy.backbone, policy.config
-    frames = {store.path: split_episodes(store)[0] for store in (questions_from, actions_from)}
+    frames = {
+        store.path: store.split(0.1)[0] if isinstance(store, QuestionFile) else split_episodes(store)[0]
+        for store in (questions_from, actions_from)
+    }
 
-    def draw(store: EpisodeStore, objective: int, k: int, half: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    def draw(store: EpisodeStore | QuestionFile, objective: int, k: int, half: int) -> tuple[Any, np.ndarray]:
         rng = np.random.default_rng([seed, objective, k, half])
-        rows = rng.choice(frames[store.path], batch_size // 2)
-        camera = config.camera if config.camera in store.cameras else store.cameras[0]
-        return rng, rows, store.images(camera, rows, backbone.image_size)
+        return rng, rng.choice(frames[store.path], batch_size // 2)
+
+    def camera(store: EpisodeStore) -> str:
+        return config.camera if config.camera in store.cameras else store.cameras[0]
+
+    def ask(store: EpisodeStore, row: int, rng: np.random.Generator) -> Question:
+        try:
+            return questions(store, row, rng, kinds=kinds, camera=camera(store))
+        except NothingToAsk:
+            return questions(store, row, rng, camera=camera(store))
 
     def language(k: int, half: int) -> Tensor:
-        rng, rows, images = draw(questions_from, 0, k, half)
-        asked = [questions(questions_from, int(row), rng) for row in rows]
-        return backbone.language_loss(images, [q.question for q in asked], [q.answer for q in asked])
+        rng, rows = draw(questions_from, 0, k, half)
+        if isinstance(questions_from, QuestionFile):
+            images = np.stack([questions_from.picture(int(row), backbone.image_size) for row in rows])
+            turns = [questions_from.turns(int(row)) for row in rows]
+        else:
+            asked = [ask(questions_from, int(row), rng) for row in rows]
+            images = pictures(questions_from, camera(questions_from), rows, asked, backbone.image_size)
+            turns = [[(one.question, one.answer)] for one in asked]
+        return cross_entropy(*backbone.answer_logits(backbone.collate_turns(images, turns)))
 
     def demonstrated(objective: int, k: int, half: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-        _, rows, images = draw(actions_from, objective, k, half)
+        _, rows = draw(actions_from, objective, k, half)
+        images = actions_from.images(camera(actions_from), rows, backbone.image_size)
         chunks, mask = action_chunks(actions_from.action, actions_from.episode_of, rows, config.chunk)
         return images, [actions_from.instructions[episode] for episode in actions_from.episode_of[rows]], chunks, mask
 

@@ -48,6 +48,23 @@ class Trajectories:
         joined = {part: np.concatenate(values, axis=2) for part, values in parts.items()}
         return {**joined, "all": np.concatenate(list(joined.values()), axis=2)}
 
+    def same_arm(self) -> pd.DataFrame:
+        """Per module group (the index) same_a and same_c: mean cosine at the last step of the displacements of
+        different seeds of one arm, the ceiling of what two arms can share. NaN with a single seed. A is language."""
+        import pandas as pd
+
+        first = "language" if "language" in self.arms else min(self.arms)
+        rows = {}
+        for group, value in self.moved.items():
+            unit = value[:, -1] / np.maximum(np.linalg.norm(value[:, -1], axis=1, keepdims=True), np.finfo(float).tiny)
+            alike = unit @ unit.T
+            sides = ([i for i, arm in enumerate(self.arms) if (arm == first) == mine] for mine in (True, False))
+            rows[group] = [
+                float(np.mean([alike[i, j] for i in side for j in side if i < j])) if len(side) > 1 else np.nan
+                for side in sides
+            ]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["same_a", "same_c"])
+
     def sizes(self) -> pd.DataFrame:
         """Tidy lengths of the displacements: group, run, arm, seed, step, moved (Euclidean, as the sketch sees it)."""
         import pandas as pd

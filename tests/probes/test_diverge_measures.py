@@ -15,7 +15,7 @@ from probes.divergence import weight_divergence
 from probes.glance import glance
 from probes.gradients import gradient_cosines
 from probes.interference import interference
-from probes.interpolation import barrier, losses_between, shared_weights, task_arithmetic
+from probes.interpolation import barrier, losses_between, random_ends, shared_weights, task_arithmetic
 from probes.losses import measuring, policy_losses
 from probes.spectra import overlap, spectral_divergence, spectrum
 from probes.trajectories import read_trajectories
@@ -26,6 +26,7 @@ from vlm4vla_core.cli import main
 from vlm4vla_core.episodes.store import EpisodeStore
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+from vlm4vla_core.vqa.files import QuestionFile
 
 # --- weights: signs, shares, kinds, spectra ---------------------------------------------------------------
 
@@ -162,6 +163,12 @@ def test_losses_of_a_linear_model_on_lines_and_on_the_plane() -> None:
     both = plane[(plane["loss"] == "bowl") & (plane["a"] == 2) & (plane["c"] == 2)]["value"].item()
     assert both == pytest.approx(float((b + 2 * (a - b) + 2 * (c - b)).square().sum()) / 2, rel=1e-5)
     assert torch.equal(weight, torch.zeros(6))
+    null = losses_between({"w": weight}, random_ends(ends, seed=1), losses, points=3, batches=2)
+    drawn = random_ends(ends, seed=1)
+    for one, end in zip(drawn[1:], ends[1:], strict=True):
+        assert float((one["w"] - b).norm()) == pytest.approx(float((end["w"] - b).norm()), rel=1e-5)
+        assert abs(torch.cosine_similarity(one["w"] - b, end["w"] - b, dim=0)) < 0.99
+    assert null.values["bowl"][2, 0] == pytest.approx(float(drawn[1]["w"].square().sum()) / 2, rel=1e-5)
     with pytest.raises(InputError, match="2 points on a line"):
         losses_between({"w": weight}, ends, losses, points=2)
 
@@ -210,18 +217,51 @@ def test_ends_of_the_lines_are_the_checkpoints(room: Path) -> None:
         assert found.values[name].std() > 0
 
 
+def test_question_files_and_chosen_kinds_are_asked(room: Path, tmp_path: Path) -> None:
+    """The language loss of a conversation from a file equals the backbone's own on that picture and answer."""
+    from PIL import Image
+
+    policy, store = VLAPolicy.load(room / "vla"), EpisodeStore.open(room / "store")
+    picture = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    talk = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "(0.5, 0.25)"}]
+    rows = [{"image": "a.png", "conversations": talk}] * 3
+    (tmp_path / "asked.json").write_text(json.dumps(rows))
+    losses = policy_losses(policy, QuestionFile.open(tmp_path / "asked.json"), store, batch_size=4)
+    with measuring(policy), torch.no_grad():
+        wanted = policy.backbone.language_loss(np.stack([picture] * 2), ["Where?"] * 2, ["(0.5, 0.25)"] * 2)
+        torch.testing.assert_close(losses.language(0, 0), wanted)
+        one, other = (
+            policy_losses(policy, store, store, batch_size=4, kinds=kinds).language(0, 0)
+            for kinds in (("gripper",), ("next action",))
+        )
+    assert not torch.equal(one, other)
+
+
 def test_the_whole_verb(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = room / "out"
     command = ["diverge", "--base", str(room / "base"), "--vlm", str(room / "vlm"), "--vla", str(room / "vla"),
                "--vla-data", str(room / "store"), "--out", str(out), "--batches", "2", "--batch-size", "2",
                "--pilots", "1", "--interfere", "2", "--fast", "--interpolate", "3", "--spectra",
+               "--features", "--layers", "vision.0", "--vla-twin", str(room / "base"),
                "--at", str(room / "vla"), "--device", "cpu"]  # fmt: skip
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "at a glance" in text and "vision tower: cosine of the changes" in text and "barriers on the lines" in text
+    assert "ceilings (cosine of the changes by two seeds of one training): A: missing, a single seed" in text
+    assert "representations, C at vision.0: CKA with the base" in text and "(no ceiling: a single seed)" in text
     told = json.loads((out / "divergence.json").read_text())
     assert {row["pair"] for row in told["gradients_all"]} == {"A-C", "A-F", "C-F"}
     assert {row["at"] for row in told["gradients_all"]} == {"base", "vla"} and len(told["plane"]) == 2 * 25
+    assert {(row["a"], row["b"]) for row in told["cka"]} == {
+        ("base", "A"), ("base", "C"), ("base", "vla"), ("base", "untrained"), ("base", "C, other seed"), ("A", "C"),
+        ("C", "C, other seed"),
+    }  # fmt: skip
+    same = {row["model"]: row["score"] for row in told["readouts"] if row["readout"] == "transferred"}
+    assert same["base"] == same["C, other seed"] and same["C"] == same["vla"] != same["A"]
+    lines = {(row["loss"], row["line"]): row for row in told["barriers"]}
+    assert {line for _, line in lines} == {"B→A", "B→C", "A→C", "B→random A", "B→random C", "C→C'"}
+    assert {"representations.png", "plane.svg", "cka.parquet", "readouts.parquet"} <= {p.name for p in out.iterdir()}
     assert {"kinds.parquet", "spectra.parquet", "lines.png", "gradients.svg"} <= {path.name for path in out.iterdir()}
     assert main(["diverge", *command[1:7], "--out", str(out), "--interpolate", "3"]) == 2
     assert "--interpolate without --vla-data" in capsys.readouterr().err

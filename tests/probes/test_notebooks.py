@@ -22,7 +22,7 @@ from probes.report.notebook import notebook_names, read_notebook
 from probes.report.params import NotebookParams
 from probes.report.runner import plan
 from probes.report.site import ORDER
-from probes.report.views import benchmark_results, feature_probe, training_divergence
+from probes.report.views import benchmark_results, feature_probe
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.results import EPISODE_COLUMNS
@@ -239,24 +239,41 @@ def write_features(folder: Path, store: Any, layer: np.ndarray, label: str, **mo
 
 
 def test_feature_probe(tmp_path, monkeypatch):
-    """Features that hold the place exactly, against features of noise: found, and better than where it started."""
+    """Features that hold the place exactly, against features of noise: found, and more than the others have."""
     store = blob_store(tmp_path / "store", episodes=20)
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(3, 8))
     origin = {"origin": {"model": "tiny qwen2_5_vl"}}
-    trained = write_features(tmp_path / "trained", store, store.state[:, :3] @ mixing, "vla step 9", **origin)
+    known = store.state[:, :3] @ mixing
+    trained = write_features(tmp_path / "trained", store, known, "vla step 9", **origin)
     start = write_features(tmp_path / "start", store, rng.normal(size=(len(store), 8)), "vla step 0", **origin)
+    other = write_features(tmp_path / "other", store, known @ rng.normal(size=(8, 8)), "vlm", **origin)
     results = play(
-        "feature_probe", tmp_path / "out", monkeypatch, trained=str(trained), start=str(start),
-        store=str(tmp_path / "store"), resamples=20, targets=["gripper_xyz"],
+        "feature_probe", tmp_path / "out", monkeypatch, checkpoint=str(trained), reference=str(start),
+        others=[str(other)], data=str(tmp_path / "store"), targets=["gripper_xyz", "gripper_xy"],
     )  # fmt: skip
     readouts = {(row["kind"], row["name"]): row["r2"] for row in results["numbers"]["readouts"]}
     assert readouts["features", "vla step 9"] > 0.99
     assert readouts["against", "vla step 0"] < 0.3
     assert "with R² 1.00" in results["answer"]
     assert "better than vla step 0 at the same layer" in results["answer"]
-    assert results["numbers"]["similarity"][0]["cka"] < 0.3
+    assert results["answer"].endswith("each at its own best layer: gained in gripper xyz, gripper xy.")
+    changes = {(row["name"], row["target"], row["best"]): row for row in results["numbers"]["changes"]}
+    assert len(changes) == 8 and {row["reference"] for row in changes.values()} == {"vla step 0"}
+    assert changes["vlm", "gripper_xyz", False]["verdict"] == "gained"
+    gain = readouts["against", "vlm"] - readouts["against", "vla step 0"]
+    assert gain < 0 or changes["vlm", "gripper_xy", True]["value"] > 0.7
     assert [badge["key"] for badge in results["badges"]] == ["measured", "tiny-random"]
+
+
+def test_a_checkpoint_alone_is_probed_without_a_reference(tmp_path, monkeypatch):
+    store = blob_store(tmp_path / "store", episodes=20)
+    mine = write_features(tmp_path / "mine", store, np.random.default_rng(0).normal(size=(len(store), 8)), "vla")
+    results = play(
+        "feature_probe", tmp_path / "out", monkeypatch, checkpoint=str(mine), reference=str(mine), others=[],
+        data=str(tmp_path / "store"), targets=["gripper_xyz"],
+    )  # fmt: skip
+    assert results["numbers"]["changes"] == [] and "against raw pixels" in results["answer"]
 
 
 def test_where_the_weights_come_from_is_told_or_said_to_be_missing():
@@ -266,70 +283,6 @@ def test_where_the_weights_come_from_is_told_or_said_to_be_missing():
     assert feature_probe.data_badges("tabletop") == ["scripted"]
 
 
-def divergence(folder: Path, cosine: float | None, gradient: tuple[float, float, float] | None) -> Path:
-    nan = float("nan")
-    weights = pd.DataFrame(
-        {"group": ["vision.0", "decoder.0"], "n_params": [100, 300], "rel_norm_a": [0.1, nan], "rel_norm_c": [0.2, 0.3],
-         "cosine": [0.5, nan], "null_sd": [0.1, 0.0577]}
-    )  # fmt: skip
-    total = {"n_params": 400, "rel_norm_a": 0.123, "rel_norm_c": 0.456, "cosine": cosine, "null_sd": 0.05}
-    told = {"config": {"batches": 4, "batch_size": 16}, "total": total, "weights": [], "gradients": [],
-            "head": "own head", "unmatched": [], "excluded": []}  # fmt: skip
-    with folders.new_folder(folder, "divergence") as made:
-        weights.to_parquet(made / "weights.parquet")
-        if gradient is not None:
-            value, low, high = gradient
-            row = {"group": "all", "n_params": 400, "naive": 0.1, "corrected": value, "low": low, "high": high,
-                   "snr_a": 1.0, "snr_c": 0.2, "norm_a": 1.0, "norm_c": 1.0, "verdict": ""}  # fmt: skip
-            pd.DataFrame([{**row, "group": "vision.0"}, row]).to_parquet(made / "gradients.parquet")
-            told["gradients"] = [{"group": "all"}]
-        folders.write_json(made / "divergence.json", told)
-        folders.write_manifest(
-            made, "divergence", config={}, inputs={}, origin={"model": "tiny x", "data": ["tabletop"]}
-        )
-    return folder
-
-
-def test_training_divergence(tmp_path, monkeypatch):
-    made = divergence(tmp_path / "divergence", 0.31, (-0.4, -0.6, -0.2))
-    results = play("training_divergence", tmp_path / "out", monkeypatch, divergence=str(made))
-    assert results["answer"] == (
-        "From one base, VLM training moved the weights by 12.3 % of their norm and VLA training by 45.6 %, in "
-        "directions with cosine +0.310 (outside the ±0.100 of random changes); at the base the noise-corrected "
-        "cosine of the two losses' gradients is −0.40 (95 % −0.60 to −0.20): they oppose each other."
-    )
-    assert [badge["key"] for badge in results["badges"]] == ["measured", "scripted", "tiny-random"]
-
-
-@pytest.mark.parametrize(
-    ("cosine", "gradient", "words"),
-    [
-        (0.05, (0.2, -0.1, 0.5), ["within the ±0.100", "the sign is undetermined"]),
-        (0.05, (0.2, 0.1, 0.5), ["they pull together"]),
-        (0.05, (float("nan"),) * 3, ["below the noise of the batches"]),
-        (0.05, (0.2, float("nan"), float("nan")), ["no interval", "the sign is undetermined"]),
-        (None, None, ["one of them is zero", "gradients were not measured"]),
-    ],
-)
-def test_divergence_says_no_more_than_its_intervals(tmp_path, cosine, gradient, words):
-    told, _, gradients = training_divergence.open_inputs(divergence(tmp_path / "d", cosine, gradient))
-    answer = training_divergence.answer(told, gradients)
-    assert all(word in answer for word in words), answer
-    training_divergence.gradient_table(gradients)
-
-
 def test_the_base_model_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="extra_forbidden"):
         NotebookParams(anything=1)
-
-
-def test_the_divergence_sentence_names_the_groups_behind_an_average():
-    def row(group: str, a: float, c: float, cosine: float) -> dict[str, Any]:
-        return {"group": group, "rel_norm_a": a, "rel_norm_c": c, "cosine": cosine, "null_sd": 0.01}
-
-    weights = [row("vision.0", 0.1, 0.4, -0.5), row("embeddings", 0.8, 0.02, 0.029), row("decoder.0", 0.2, 0.2, 0.031)]
-    total = {"rel_norm_a": 0.6, "rel_norm_c": 0.1, "cosine": 0.001, "null_sd": 0.004}
-    answer = training_divergence.answer({"total": total, "weights": weights}, None)
-    assert "60.0 % of their norm (most in embeddings, 80.0 %)" in answer
-    assert "VLA training by 10.0 % (most in vision.0, 40.0 %)" in answer
-    assert "beyond 3 sd of random changes in 2 of 3 module groups (vision.0 −0.50 most)" in answer

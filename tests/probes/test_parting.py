@@ -163,6 +163,10 @@ def test_runs_are_read_without_head_and_checked(tmp_path: Path) -> None:
     assert set(found.modules()) == {"vision tower", "decoder", "all"}
     assert found.modules()["all"].shape == (4, 9, 256) and found.left_out == ()
     assert len(found.sizes()) == 2 * 4 * 9
+    ceilings, last = found.same_arm(), moved[:, -1] / np.linalg.norm(moved[:, -1], axis=1, keepdims=True)
+    assert ceilings.loc["vision.0", "same_a"] == pytest.approx(last[0] @ last[1], abs=1e-4)
+    assert ceilings.loc["decoder.0", "same_c"] == pytest.approx(last[2] @ last[3], abs=1e-4)
+    assert read_trajectories(runs[1:]).same_arm()["same_a"].isna().all()
     with pytest.raises(InputError, match="seed 0 of language twice"):
         read_trajectories([*runs, run(tmp_path / "twice", "language", 0, moved[0], start)])
     with pytest.raises(InputError, match=r"1 kind of training \(language\)"):
@@ -193,9 +197,11 @@ def test_the_verb_tells_where_the_arms_part(tmp_path: Path, capsys: pytest.Captu
     assert {row["module"] for row in told["parting"]} == {"vision tower", "decoder", "all"}
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"trajectory.parquet", "trajectory.png", "path.svg", "path_shares.parquet", "moved.parquet"} <= made
-    figures = training_divergence.further_figures(tmp_path / "out")
+    found = training_divergence.read_folder(tmp_path / "out")
+    figures = training_divergence.pictures(found, "paths")
     assert len(figures) == 2 and all(words for _, words in figures)
-    assert list(training_divergence.verdict_table(told)["module"]) == ["vision tower", "decoder", "all"]
+    assert [module for module, _ in training_divergence.glance(found)] == ["vision tower", "decoder", "all"]
+    assert "; over all modules the arms part after step 16 (" in training_divergence.answer(found)
     assert main([*command, "--trajectory", *map(str, runs)]) == 0
     assert "is up to date" in capsys.readouterr().out
     assert main([*command[:2], str(tmp_path / "few"), *command[3:], "--trajectory", *map(str, runs[1:])]) == 0
@@ -215,6 +221,7 @@ def test_false_positives_stay_below_a_twentieth(seeds: int, paired: float, trial
         modules = {name: paths(rng, seeds=seeds, paired=paired) for name in "uvw"}
         found = parting(modules, arms, every, STEPS).modules.values()
         hits += any(module.p_all <= 0.05 for module in found)
+    print(f"told apart: {hits} of {trials}")
     assert hits / trials <= 0.05 + 1.65 * np.sqrt(0.05 * 0.95 / trials), hits / trials
 
 
@@ -228,4 +235,5 @@ def test_planted_points_lie_in_their_intervals(signal: float) -> None:
             inside = when.step is not None and when.low <= truth and (when.high is None or truth <= when.high)
             parted += inside and when is found.parted
             shared += inside and when is found.shared
+    print(f"in their intervals: divergence point {parted}, shared phase {shared} of {trials}")
     assert parted / trials >= 0.9 and shared / trials >= 0.9, (parted, shared)

@@ -7,6 +7,7 @@ import pytest
 
 from probes.grid import ALPHAS
 from probes.readout import split
+from probes.similarity import cka
 from probes.transfer import transfer
 from vlm4vla_core.errors import InputError
 
@@ -26,17 +27,25 @@ def planted() -> tuple[dict, np.ndarray]:
 
 def test_a_turned_copy_keeps_what_it_knows_and_loses_the_readout() -> None:
     models, target = planted()
-    frame = transfer(models, target, EPISODES).to_frame().set_index(["model", "readout"])
+    found = transfer(models, target, EPISODES, pairs=[("A", "C")], resamples=0)
+    frame = found.to_frame().set_index(["model", "readout"])
     assert len(frame) == 5 and frame.loc[("A", "transferred"), "score"] > 0.97
     assert frame.loc[("C", "transferred"), "score"] < 0.5 and frame.loc[("C", "own"), "score"] > 0.97
-    assert frame.loc[("C", "own"), "cka"] == pytest.approx(1, abs=1e-6) and (frame["cka_floor"] < 0.1).all()
-    assert (frame["shuffled"] < 0.1).all()
+    assert (frame["shuffled"] < 0.1).all() and frame.loc[("base", "transferred"), "change"] == 0
+    lost = frame.loc[("C", "transferred")]
+    assert lost["change"] == pytest.approx(lost["score"] - frame.loc[("base", "transferred"), "score"])
+    assert lost["change_high"] < 0 and abs(frame.loc[("C", "own"), "change"]) < 0.01
+    alike = found.similarity_frame().set_index(["a", "b"])
+    assert list(alike.index) == [("base", "A"), ("base", "C"), ("A", "C")] and (alike["floor"] < 0.1).all()
+    assert alike.loc[("base", "C"), "cka"] == pytest.approx(1, abs=1e-6)
+    assert alike.loc[("A", "C"), "cka"] == pytest.approx(cka(models["A"]["vision.0"], models["C"]["vision.0"]).value)
 
 
 def test_the_transferred_readout_is_the_bases_own() -> None:
     """Its predictions equal those of a literal ridge fitted to the base's frames and applied to C's."""
     models, target = planted()
-    parts, found = split(EPISODES), transfer(models, target, EPISODES).readouts["C", "vision.0", "transferred"]
+    found = transfer(models, target, EPISODES, resamples=0).readouts["C", "vision.0", "transferred"]
+    parts = split(EPISODES)
     base, c = models["base"]["vision.0"], models["C"]["vision.0"]
     both = np.concatenate(parts[:2])
     predictions = []
