@@ -41,7 +41,7 @@ def divergence_figure(
     """
     groups = list(weights["group"])
     panels = 2 if gradients is None else 3
-    fig, axes = new_figure(panels, 1, height=0.75 + 1.35 * panels, sharex=True)
+    fig, axes = new_figure(panels, 1, width=TWO_COLUMN, height=0.75 + 1.45 * panels, sharex=True)
     place = np.arange(len(groups))
     sizes, cosines = axes[0, 0], axes[1, 0]
     for column, label, colour, marker, aside in (
@@ -117,7 +117,7 @@ def _cosine_axis(axis: Axes, values: list[float]) -> None:
 
 
 def _legend(axis: Axes) -> None:
-    axis.legend(loc="upper left", ncols=3, handletextpad=0.2, handlelength=1.2, columnspacing=1.0, borderaxespad=0.1)
+    axis.legend(loc="upper left", ncols=4, handletextpad=0.2, handlelength=1.2, columnspacing=1.0, borderaxespad=0.1)
 
 
 def _number(value: Any) -> float:
@@ -150,7 +150,8 @@ def parting_figure(rows: pd.DataFrame, verdicts: pd.DataFrame) -> Figure:
         if known["parted_after"] == known["parted_after"] and known["p_all"] <= 0.05:
             axis.axvline(_place(steps, known["parted_after"]) + 0.5, color=PALETTE[3], linewidth=1.2, label="they part")
         axis.set_title(module if known["p_all"] == known["p_all"] else f"{module} (seeds too few)")
-        axis.set_ylim(min(-0.3, 1.2 * own["cosine"].min()), 1.25)
+        drawn = own[["cosine", "norm_matched", "floor"]].to_numpy(float)
+        axis.set_ylim(max(-1.4, min(-0.3, float(np.nanmin(drawn, initial=0.0)) - 0.15)), 1.25)
         axis.set_xticks(place, steps, rotation=60)
     for axis in list(axes[:-1].flat)[len(modules) :]:
         axis.set_axis_off()
@@ -325,43 +326,55 @@ def representations_figure(scores: pd.DataFrame, alike: pd.DataFrame) -> Figure:
     fig, axes = new_figure(1, 2, width=TWO_COLUMN, height=3.4)
     left, right = axes[0]
     place = np.arange(len(layers))
-    for (a, b), own in alike.groupby(["a", "b"], sort=False):
-        own = own.set_index("layer").reindex(layers)
-        twin = b.endswith("other seed")
+    pairs = list(dict.fromkeys(zip(alike["a"], alike["b"], strict=True)))
+    for number, (a, b) in enumerate(pairs):
+        own = alike[(alike["a"] == a) & (alike["b"] == b)].set_index("layer").reindex(layers)
+        twin, x = b.endswith("other seed"), place + 0.06 * (number - (len(pairs) - 1) / 2)
+        look: dict[str, Any] = {
+            "color": colours[b],
+            "marker": "o",
+            "linestyle": ":" if b == "untrained" or twin else "-",
+        }
+        label = f"{b} with the base"
         if a != "base":
-            look = {"color": INK, "marker": "D"} if not twin else {"color": colours[b], "marker": "", "linestyle": "--"}
-            label = "A with C" if not twin else f"{a} with its other seed (ceiling)"
-        else:
-            look = {"color": colours[b], "marker": "o", "linestyle": ":" if b == "untrained" or twin else "-"}
-            label = f"{b} with the base"
-        left.fill_between(place, own["low"], own["high"], color=look["color"], alpha=0.15, linewidth=0)
-        left.plot(place, own["cka"], label=label, markersize=3, **look)
+            look = {"color": colours[b], "marker": "s", "linestyle": "--"} if twin else {"color": INK, "marker": "D"}
+            label = f"{a} with its other seed (ceiling)" if twin else f"{a} with {b}"
+        left.fill_between(x, own["low"], own["high"], color=look["color"], alpha=0.15, linewidth=0)
+        left.plot(x, own["cka"], label=label, markersize=3, linewidth=1, **look)
+    if not any(b.endswith("other seed") for _, b in pairs):
+        left.plot([], [], " ", label="no ceiling: one seed per arm")
     floor = alike.groupby("layer", sort=False)["floor"].max().reindex(layers)
     left.fill_between(place, -0.05, floor, color=GRID, label="shuffled frames, 95 %", linewidth=0)
     left.set_ylim(-0.05, 1.05)
     left.set_ylabel("debiased CKA")
     left.set_title("Are they alike?")
-    for name in ["base", *models]:
+    shuffled = float(np.nanmax(scores["shuffled"], initial=0.0))
+    low = max(-0.5, 1.1 * min(0.0, float(np.nanmin(scores["score"])))) - 0.05
+    for number, name in enumerate(["base", *models]):
         own = scores[scores["model"] == name]
-        for kind, offset in (("transferred", -0.08), ("own", 0.08)):
+        for kind, aside in (("transferred", -0.04), ("own", 0.04)):
             rows = own[own["readout"] == kind].set_index("layer").reindex(layers)
             if rows["score"].isna().all():
                 continue
-            colour, filled = colours.get(name, INK), kind == "transferred"
-            right.errorbar(
-                place + offset, rows["score"], [rows["score"] - rows["low"], rows["high"] - rows["score"]],
-                fmt="o-" if filled else "o", color=colour, markersize=3.5, elinewidth=0.7,
-                linewidth=1.2 if name != "untrained" else 0.8, markerfacecolor=colour if filled else "white",
-                label={"base": "base, its own readout"}.get(name, f"{name}, the base's readout") if filled else None,
-            )  # fmt: skip
-    right.plot([], [], "o", color=MUTED, markerfacecolor="white", markersize=3.5, label="own readout")
-    shuffled = float(np.nanmax(scores["shuffled"], initial=0.0))
+            x, colour, filled = place + aside + 0.1 * (number - len(models) / 2), colours.get(name, INK), kind != "own"
+            value, below = rows["score"].clip(lower=low + 0.02), (rows["score"] < low + 0.02).to_numpy()
+            label = {"base": "base, its own readout"}.get(name, f"{name}, the base's readout") if filled else None
+            right.vlines(x, rows["low"].clip(lower=low), rows["high"].clip(lower=low), color=colour, linewidth=0.7)
+            if filled:
+                right.plot(x, value, color=colour, linewidth=0.8, alpha=0.6)
+            face = colour if filled else "white"
+            right.plot(x[~below], value[~below], "o", color=colour, markersize=3.5, markerfacecolor=face)
+            right.plot(x[below], value[below], "v", color=colour, markersize=3.5, markerfacecolor=face)
+            right.plot([], [], "o-", color=colour, markersize=3.5, label=label)
+    right.plot(
+        [], [], "o", color=MUTED, markerfacecolor="white", markersize=3.5, label="open: own readout; triangle: below"
+    )
     right.axhline(shuffled, color=MUTED, linestyle="--", linewidth=0.8, label="labels of other episodes, 95 %")
     right.axhline(0, color=MUTED, linewidth=0.7)
-    right.set_ylim(max(-0.6, 1.1 * min(0.0, float(np.nanmin(scores["score"])))) - 0.05, 1.05)
+    right.set_ylim(low, 1.05)
     right.set_ylabel("score on held-out episodes")
     right.set_title(f"Does the base's readout of {scores['target'].iloc[0]} hold?")
     for axis in (left, right):
-        axis.set_xticks(place, layers, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_xticks(place, thinned(layers), rotation=60, ha="right", rotation_mode="anchor")
         axis.legend(fontsize=SMALL, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
     return fig

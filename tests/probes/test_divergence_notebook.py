@@ -110,7 +110,9 @@ def test_the_notebook_on_three_checkpoints(tmp_path: Path, monkeypatch: pytest.M
     )  # fmt: skip
     numbers = results["numbers"]
     moved = {row["group"]: row for row in numbers["weights"]}
-    np.testing.assert_allclose([row["rel_norm_a"] for row in moved.values()], 0.1, rtol=1e-4)
+    known = [row["rel_norm_a"] for row in moved.values() if row["rel_norm_a"] is not None]  # a bias of zero has none
+    assert len(known) > 3
+    np.testing.assert_allclose(known, 0.1, rtol=1e-4)
     assert moved["vision.0"]["cosine"] == pytest.approx(-1) and moved["vision.0"]["ceiling_a"] == pytest.approx(1)
     assert moved["decoder.0"]["cosine"] is None and moved["vision.0"]["ceiling_c"] is None
     assert numbers["ceilings"] == f"A: {paths['vlm']}; C: missing, a single seed"

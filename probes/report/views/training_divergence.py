@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from probes.report.params import TrainingDivergenceParams
 
 BATCH, POINTS = 8, 5  # frames of a batch of gradients, and of a point on a line; points on a line
-TARGET = "gripper_xyz"  # what is read out of the layers, where the store records it
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ def open_inputs(params: TrainingDivergenceParams) -> Divergence:
     from vlm4vla_core.families import family
 
     spatial = family(model_facts(params.base)[1]["family"]).spatial
-    placed = {"x", "y", "z"} <= set(EpisodeStore.open(params.data).state_names)
+    store = EpisodeStore.open(params.data)
+    placed = "gripper_xyz" if {"x", "y", "z"} <= set(store.state_names) else "next_action"
     vlm, vla = ([*paths, None][:2] for paths in (params.vlm, params.vla))
     with TemporaryDirectory(prefix="vlm4vla-divergence-") as place:
         out = Path(place) / "divergence"
@@ -51,7 +51,7 @@ def open_inputs(params: TrainingDivergenceParams) -> Divergence:
                 params.base, params.vlm[0], params.vla[0], out, vlm_twin=vlm[1], vla_twin=vla[1], vla_data=params.data,
                 trajectory=params.trajectories, batches=params.batches, batch_size=BATCH, pilots=2,
                 interfere=min(params.batches, 4), features=True, layers=tuple(params.layers),
-                pool="grid" if spatial else "mean", target=TARGET if placed else "next_action",
+                pool="grid" if spatial else "mean", target="depth" if store.manifest.get("depth") else placed,
                 max_frames=params.frames or None, interpolate=POINTS, seed=params.seed,
             )
         )  # fmt: skip
