@@ -57,7 +57,8 @@ def arm(name: str, changes: list[str], seed: int, given: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--arms", nargs="+", choices=["pretrained", "scratch"], default=["pretrained", "scratch"])
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--demos", type=int, default=3000)
     parser.add_argument("--backbone", default="", help="another VLM than the preset's")
@@ -67,7 +68,7 @@ def main() -> None:
     verb("record", "tabletop", "--tasks", *TASKS, "--episodes", str(given.demos), "--out", given.runs / "demos")
     own = ["--backbone", given.backbone] if given.backbone else []
     arms = {"pretrained": own, "scratch": [*own, "--init", "scratch"]}
-    rows = [arm(name, changes, seed, given) for seed in given.seeds for name, changes in arms.items()]
+    rows = [arm(name, arms[name], seed, given) for name in given.arms for seed in given.seeds]
     cells = [(look, task) for look in BENCHMARKS for task in TASKS]
     print(f"{'arm':<12}{'seed':>5}{'CPU s':>8}" + "".join(f"{look + ' ' + task:>11}" for look, task in cells))
     for row in rows:

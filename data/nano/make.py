@@ -3,9 +3,10 @@
     python data/nano/make.py                    # all recipes, one after the other
     python data/nano/make.py paligemma-s --jobs 2
 
-Scenes are recorded once (runs/nano/scenes); each recipe is trained (runs/nano/NAME), asked `tabletop-vqa@1`
-(200 questions of each kind) and shipped (data/nano/NAME: fp16 weights, config, tokenizer, card.json). Issued again, it
-does only what is missing. Processes are single-threaded; CPU seconds are those of the processes themselves.
+Scenes and demonstrations are recorded once (runs/nano/scenes, runs/nano/hand); each recipe is trained (runs/nano/NAME),
+asked `tabletop-vqa@1` (200 questions of each kind) and shipped (data/nano/NAME: fp16 weights, config, tokenizer,
+card.json). Recipes of `HAND` also see the demonstrations, the others scenes alone. Issued again, it does only what is
+missing. Processes are single-threaded; CPU seconds are those of the processes themselves.
 
 Trap: weights are exact for one machine and version of torch; elsewhere they differ in the last digits and then in all.
 """
@@ -24,7 +25,12 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/nano")
-SCENES, EPISODES = 12_000, 200
+SCENES, DEMONSTRATIONS, EPISODES = 30_000, 2_400, 200
+RECORDED = {
+    "scenes": ("--tasks", "scene", "--episodes", str(SCENES)),  # looks U, V, W; no hand
+    "hand": ("--tasks", "touch", "push", "pick", "put", "--episodes", str(DEMONSTRATIONS), "--seed", "1"),  # A, B, C
+}
+HAND = {"paligemma-s"}  # recipes whose pictures show the hand, too, in the looks of training
 LICENCE = "the project's (LICENSE): weights and training data were made by this project alone"
 
 
@@ -53,7 +59,8 @@ def make(name: str) -> None:
     recipe, run = HERE / "recipes" / f"{name}.toml", RUNS / name
     stages, cost = make_stages(str(recipe)), RUNS / f"{name}.cost.json"
     last, scores = run / stages[-1][0], RUNS / f"{name}.vqa.json"
-    verb("train", recipe, "--data", RUNS / "scenes", "--out", run, cost=cost)
+    stores = ["scenes", "hand"] if name in HAND else ["scenes"]
+    verb("train", recipe, "--data", *(RUNS / store for store in stores), "--out", run, cost=cost)
     verb("evaluate", last, "--benchmark", "tabletop-vqa@1", "--episodes", EPISODES, "--json", scores)
     found = folders.read_json(scores)
     card: dict[str, Any] = {
@@ -62,7 +69,7 @@ def make(name: str) -> None:
         "recipe": f"data/nano/recipes/{name}.toml",
         "stages": [{"name": title, **config.identity()} for title, config in stages],
         "seed": stages[0][1].seed,
-        "data": f"vlm4vla record tabletop --tasks scene --episodes {SCENES} (looks U, V, W; no hand)",
+        "data": [" ".join(("vlm4vla record tabletop", *RECORDED[store])) for store in stores],
         "pictures_seen": {title: config.max_steps * config.batch_size for title, config in stages},
         "training_cpu_s": round(sum(part["cpu_s"] for part in folders.read_json(cost)), 1),
         "hardware": "one thread",
@@ -83,7 +90,8 @@ def main() -> None:
     known = sorted(path.stem for path in (HERE / "recipes").glob("*.toml"))
     if unknown := sorted(set(given.names) - set(known)):
         parser.error(f"no recipe {unknown[0]}; there are {', '.join(known)}")
-    verb("record", "tabletop", "--tasks", "scene", "--episodes", str(SCENES), "--out", RUNS / "scenes")
+    for store, words in RECORDED.items():
+        verb("record", "tabletop", *words, "--out", RUNS / store)
     with ThreadPoolExecutor(given.jobs) as pool:
         for future in [pool.submit(make, name) for name in given.names or known]:
             future.result()
