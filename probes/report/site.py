@@ -16,8 +16,9 @@ from vlm4vla_core.errors import InputError
 
 INDEX = "index.html"
 ORDER = (
-    "benchmark_results", "capability_vs_performance", "benchmark_power", "feature_probe", "representation_similarity",
-    "attribution", "training_divergence",
+    "study_overview", "capability_vs_performance", "benchmark_power", "auxiliary_tasks", "module_ablation",
+    "vision_injection", "training_divergence", "feature_probe", "representation_similarity", "attribution",
+    "benchmark_results",
 )  # fmt: skip
 
 

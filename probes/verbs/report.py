@@ -1,7 +1,8 @@
 """Run parameterised notebooks and build the report site: one page per notebook, and an index over them.
 
-NOTEBOOK is a notebook that ships, the path of one of your own, `all` (every one that ships, then the index) or
-`index` (only the index). A report whose parameters, inputs, notebook and code are unchanged is not run again.
+NOTEBOOK is a notebook that ships, the path of one of your own, `all` (every one that ships, then the index), `study`
+(the four that show a study), `index` (only the index), or `table`: a results table for a paper, of a study or of
+episode rows, as LaTeX, markdown or HTML. A report whose parameters, inputs, notebook and code are unchanged is not run again.
 
 Example: vlm4vla report benchmark_results -p rows runs/walk/eval/vla -p level 0.9 --out reports
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +22,13 @@ from vlm4vla_core.errors import InputError
 from vlm4vla_core.progress import progress
 
 
+STUDY_PAGES = ("study_overview", "auxiliary_tasks", "module_ablation", "vision_injection")
+
+
 @dataclass(frozen=True)
 class Args:
     notebook: Positional[str]
-    """A notebook's name or path, or `all`, or `index`."""
+    """A notebook's name or path, or `all`, `study`, `index` or `table`."""
     parameter: Annotated[UseAppendAction[tuple[tuple[str, str], ...]], arg(aliases=["-p"], metavar="NAME VALUE")] = ()
     """Set a parameter of the notebook; may be given several times."""
     file: Annotated[Path | None, arg(aliases=["-f"])] = None
@@ -65,6 +69,8 @@ def run(args: Args) -> int:
                 "-p sets one notebook's parameter", fix="use -f with a section per notebook, or name the notebook"
             )
         jobs = _sections(given, notebook_names())
+    elif args.notebook == "study":
+        jobs = {name: {**given, **_from_words(replace(args, notebook=name))} for name in STUDY_PAGES}
     else:
         jobs = {args.notebook: {**given, **_from_words(args)}}
     outcomes = sorted(_run_all(jobs, args.out, args.jobs), key=lambda done: list(jobs).index(done.name))

@@ -22,6 +22,8 @@ from vlm4vla_core.study.state import DONE, Status, jobs_folder, look
 if TYPE_CHECKING:
     import pandas as pd
 
+    from vlm4vla_core.study.bundle import Bundle
+
 ROWS = "rows.parquet"
 HERE, SHIPPED = "run here", "shipped"
 Place = Callable[[str], "tuple[pd.DataFrame, str] | None"]
@@ -99,7 +101,7 @@ def collect(plan: Plan, out: Path, status: Status | None = None) -> Tables:
     facts = {key: getattr(plan.study, key) for key in ("name", "question", "deviations")}
     return Tables(
         every.astype({"cell_seed": "Int64"}) if episodes else every,
-        _cells(plan, status, training),
+        _cells(plan, status, training, rows, shipped),
         _capability(plan, rows),
         _stages(plan, training),
         pd.DataFrame(lines, columns=["job", "id", "kind", "state", "note", "seconds"]),
@@ -115,16 +117,22 @@ def _arm(arm: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cells(plan: Plan, status: Status, training: Callable[[str], dict[str, Any] | None]) -> pd.DataFrame:
-    """One row per cell: what it is, what has become of it, what its trainings took, and its earlier stages' jobs."""
+def _cells(
+    plan: Plan, status: Status, training: Callable[[str], dict[str, Any] | None], rows: Place, shipped: Bundle | None
+) -> pd.DataFrame:  # fmt: skip
+    """One row per cell: what it is, what has become of it, what its trainings took, its earlier stages' jobs, and its
+    successes, beside those that ship where it was run here all the same."""
     import pandas as pd
 
     lineages = {entry.name: entry.lineage for entry in plan.study.backbone}
     lines = []
     for cell in plan.cells:
         state = status.states[cell.evaluation]
-        facts = [found for one in cell.trainings if (found := training(one))]
+        facts = [told for one in cell.trainings if (told := training(one))]
         settings = plan.jobs[cell.trainings[-1]].spec["settings"]
+        mine = found[0] if (found := rows(cell.evaluation)) else None
+        old = shipped.rows(cell.evaluation) if shipped is not None and state.state == "done" else pd.DataFrame()
+        old = old[old["episode"] < plan.jobs[cell.evaluation].amount] if len(old) else old
         lines.append({
             "cell": cell.name, "arm": cell.arm, "backbone": cell.backbone, "lineage": lineages.get(cell.backbone, ""),
             "protocol": cell.protocol, "seed": cell.seed, "execute": cell.execute, "state": state.state,
@@ -132,8 +140,13 @@ def _cells(plan: Plan, status: Status, training: Callable[[str], dict[str, Any] 
             "freeze": "+".join(settings.get("freeze", [])), "head": settings.get("head", "fc"),
             "steps": settings.get("max_steps"), "earlier": " ".join(cell.trainings[:-1]),
             "train_s": round(sum(f["seconds"] for f in facts), 1) if len(facts) == len(cell.trainings) else None,
+            "successes": None if mine is None else int(mine["success"].sum()),
+            "counted": None if mine is None else len(mine),
+            "shipped_successes": int(old["success"].sum()) if len(old) else None,
+            "shipped_episodes": len(old) or None,
         })  # fmt: skip
     names = "cell arm backbone lineage protocol seed execute state episodes init freeze head steps earlier train_s"
+    names += " successes counted shipped_successes shipped_episodes"
     return pd.DataFrame(lines, columns=names.split())
 
 

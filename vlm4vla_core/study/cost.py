@@ -61,7 +61,7 @@ def _cost(plan: Plan, job: Job) -> Cost:
         config = job.config
         samples = config.max_steps * config.batch_size
         words = PROMPT_TOKENS * (config.questions_per_picture if config.objective == "language" else 1)
-        still = {part: 2.0 if part in ("vision", "projector") else 4.0 for part in config.freeze}
+        still: dict[str, float] = {part: 2.0 if part in ("vision", "projector") else 4.0 for part in config.freeze}
         if config.cache_features:
             still |= dict.fromkeys(("vision", "projector"), 0.0)
         if config.objective == "dense" and not config.auxiliary:
