@@ -2,7 +2,10 @@
 
 NOTEBOOK is a notebook that ships, the path of one of your own, `all` (every one that ships, then the index), `study`
 (the four that show a study), `index` (only the index), or `table`: a results table for a paper, of a study or of
-episode rows, as LaTeX, markdown or HTML. A report whose parameters, inputs, notebook and code are unchanged is not run again.
+episode rows, as LaTeX, markdown or HTML. A report whose parameters, inputs, notebook and code are unchanged is not run
+again.
+
+A table: vlm4vla report table -p study studies/nano.toml --format latex
 
 Example: vlm4vla report benchmark_results -p rows runs/walk/eval/vla -p level 0.9 --out reports
 """
@@ -13,14 +16,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.progress import progress
-
 
 STUDY_PAGES = ("study_overview", "auxiliary_tasks", "module_ablation", "vision_injection")
 
@@ -35,6 +37,9 @@ class Args:
     """YAML file of parameters; `-p` goes over it. With `all`: one section per notebook."""
     out: Path = Path("reports")
     """Folder of the reports."""
+    format: Literal["markdown", "latex", "html"] = "markdown"
+    """With `table`: how it is written, to the screen. `-p study PATH` or `-p rows PATH` (episode rows, or a pattern of
+    their folders) says of what."""
     jobs: int = 2
     """Notebooks run at the same time, with `all`."""
     json: Path | None = None
@@ -63,6 +68,8 @@ def run(args: Args) -> int:
             raise InputError("the index takes no parameters", fix="leave -p and -f out")
         print(build_index(args.out))
         return 0
+    if args.notebook == "table":
+        return _table(args, given)
     if args.notebook == "all":
         if args.parameter:
             raise InputError(
@@ -85,6 +92,39 @@ def run(args: Args) -> int:
         folders.write_json(args.json, [_record(done, args.out) for done in outcomes])
     codes = {done.code for done in outcomes}
     return 1 if 1 in codes else max(codes)
+
+
+def _table(args: Args, given: dict[str, Any]) -> int:
+    """A results table for a paper, on the screen."""
+    from probes.report.params import find_paths
+    from probes.report.results_table import plain_rows, results_table, study_rows
+
+    wanted = {**given, **dict(args.parameter)}
+    if unknown := set(wanted) - {"study", "rows", "level"}:
+        raise InputError(f"a table has no parameter '{min(unknown)}'", fix="use study or rows, and level")
+    if ("study" in wanted) == ("rows" in wanted):
+        raise InputError("a table of what?", fix="add -p study studies/nano.toml, or -p rows runs/walk/eval/*")
+    try:
+        level = float(wanted.get("level", 0.95))
+    except ValueError:
+        raise InputError(f"level {wanted['level']!r} is no number") from None
+    if not 0.5 < level < 1:
+        raise InputError(f"level {level:g}", fix="use a number between 0.5 and 1, such as 0.95")
+    if "study" in wanted:
+        from probes.report.study_params import StudyInput
+        from probes.report.views.study import open_study
+
+        rows = study_rows(open_study(StudyInput().resolve(wanted["study"])))
+    else:
+        from probes.episode_rows import read_rows
+
+        rows = plain_rows(read_rows(find_paths(str(wanted["rows"]), fix="make rows with `vlm4vla evaluate`")))
+    made = results_table(rows, level=level)
+    print(made.write(args.format), end="")
+    if args.json:
+        told = {"format": "vlm4vla-results-table", "version": 1, "head": made.head, "rows": made.rows}
+        folders.write_json(args.json, {**told, "notes": made.notes})
+    return 0
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:
