@@ -138,7 +138,8 @@ def open_three(base: Path | str, a: Path | str, c: Path | str) -> Iterator[Three
             if name not in excluded and len(present) == 3:
                 names.append(name)
             elif name not in excluded:
-                unmatched.append(f"{name} (only in {' and '.join(present)})")
+                why = "; tied to the word embeddings, or left out, elsewhere" if name == HEAD else ""
+                unmatched.append(f"{name} (only in {' and '.join(present)}{why})")
         if not names:
             fix = "compare one model family"
             raise InputError("the three checkpoints have no parameter in common", where=where, fix=fix)

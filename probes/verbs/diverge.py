@@ -154,6 +154,12 @@ def _check(args: Args) -> None:
     for name in ("interpolate", "at", "fast", "features", "questions"):
         if getattr(args, name) and not args.vla_data:
             raise InputError(f"--{name} without --vla-data", fix="losses need demonstrations; give --vla-data too")
+    if args.features:
+        from probes.targets import TARGETS
+        from vlm4vla_core.errors import nearest
+
+        if args.target not in TARGETS:
+            raise InputError(f"unknown target '{args.target}'", fix=nearest(args.target, TARGETS))
     for name, least in (("batches", 2), ("pilots", 0), ("interfere", 2), ("interpolate", 3)):
         if getattr(args, name) and getattr(args, name) < max(least, 1):
             raise InputError(f"--{name} {getattr(args, name)}", fix=f"use {least} or more, or 0 to leave it out")
