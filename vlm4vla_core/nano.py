@@ -109,8 +109,8 @@ def _place_latents(base: Any, generator: torch.Generator) -> None:
 
     Nearly equal latents would all ask for the same mean of the picture, and stay there. A latent is therefore what the
     tower says of its cell in a picture of nothing, where patches differ by position alone; queries and keys begin
-    alike, so that like finds like. Latents are keys, too, and are kept small, for each would find itself; patches arrive
-    with length 1, and their positions, drawn as the library draws them, would be lost beside what they show.
+    alike, so that like finds like. Latents are keys, too, and are kept small, for each would find itself. Patches
+    arrive with length 1, and their positions, drawn as the library draws them, would be lost beside what they show.
     """
     import torch
 
@@ -142,7 +142,7 @@ def _size(name: str) -> NanoSize:
 
 # --- configs ------------------------------------------------------------------------------------------------
 
-# The questions of `vqa.general` and of the hand, and their options, each one token: a training step pays for what differs.
+# Questions of `vqa.general` and about the hand, and their options, each one token: a step pays for what differs.
 _PHRASES = (
     "What color is the", ": red, green, blue, yellow, purple or cyan?",
     "What shape is the", " object: cube, ball or cylinder?",

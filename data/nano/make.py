@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ RECORDED = {
     "scenes": ("--tasks", "scene", "--episodes", str(SCENES)),  # looks U, V, W; no hand
     "hand": ("--tasks", "touch", "push", "pick", "put", "--episodes", str(DEMONSTRATIONS), "--seed", "1"),  # A, B, C
 }
-HAND = {"paligemma-s"}  # recipes whose pictures show the hand, too, in the looks of training
+HAND = {"paligemma-s", "paligemma-s-long"}  # recipes whose pictures show the hand, too, in the looks of training
 LICENCE = "the project's (LICENSE): weights and training data were made by this project alone"
 
 
@@ -50,16 +51,58 @@ def verb(*arguments: str | Path, cost: Path | None = None) -> None:
         raise SystemExit(f"failed ({process.returncode}): {' '.join(command[3:])}")
 
 
+def stages_of(name: str) -> list[tuple[str, Any]]:
+    from vlm4vla_core.presets import make_stages
+
+    return make_stages(str(HERE / "recipes" / f"{name}.toml"))
+
+
+def go_on(name: str) -> None:
+    """Begin a run with the finished stages of another one that has the same settings and pictures, as hard links.
+
+    Training is exact, so they are what this run would make. Their cost is what their logs say that the steps took.
+    """
+    mine = stages_of(name)
+    for other in sorted(path.stem for path in (HERE / "recipes").glob("*.toml")):
+        if other == name or (other in HAND) != (name in HAND):
+            continue
+        shared = 0
+        for (title, config), own in zip(stages_of(other), mine, strict=False):
+            done = RUNS / other / title / "checkpoints" / f"step-{config.max_steps:06d}"
+            if (title, config) != own or not done.is_dir():
+                break
+            shared += 1
+        if shared and not (RUNS / name).exists():
+            titles, ignored = [title for title, _ in mine[:shared]], shutil.ignore_patterns("features", "eval", ".lock")
+            for title in titles:
+                shutil.copytree(RUNS / other / title, RUNS / name / title, ignore=ignored, copy_function=os.link)
+            spent = sum(map(logged, (RUNS / name / title for title in titles)))
+            entry = {"command": f"{', '.join(titles)}: as {other}, from the logs", "cpu_s": round(spent, 1)}
+            (RUNS / f"{name}.cost.json").write_text(json.dumps([entry], indent=1) + "\n")
+
+
+def logged(run: Path) -> float:
+    """Seconds that a stage's steps took, as its log has their rate."""
+    batch = json.loads((run / "run.json").read_text())["identity"]["batch_size"]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    told, steps = [line for line in lines if "samples_per_s" in line], 0
+    seconds = 0.0
+    for line in told:
+        seconds += (line["step"] - steps) * batch / line["samples_per_s"]
+        steps = line["step"]
+    return seconds
+
+
 def make(name: str) -> None:
     """One model: train, ask, ship."""
     from vlm4vla_core import folders
     from vlm4vla_core.nano import ship
-    from vlm4vla_core.presets import make_stages
 
     recipe, run = HERE / "recipes" / f"{name}.toml", RUNS / name
-    stages, cost = make_stages(str(recipe)), RUNS / f"{name}.cost.json"
+    stages, cost = stages_of(name), RUNS / f"{name}.cost.json"
     last, scores = run / stages[-1][0], RUNS / f"{name}.vqa.json"
     stores = ["scenes", "hand"] if name in HAND else ["scenes"]
+    go_on(name)
     verb("train", recipe, "--data", *(RUNS / store for store in stores), "--out", run, cost=cost)
     verb("evaluate", last, "--benchmark", "tabletop-vqa@1", "--episodes", EPISODES, "--json", scores)
     found = folders.read_json(scores)

@@ -79,6 +79,24 @@ def test_an_untrained_model_guesses_evenly(family):
     assert abs(loss - math.log(len(backbone.tokenizer))) < 0.7
 
 
+def test_a_latent_of_kosmos2_begins_by_looking_at_its_own_cell():
+    """On rendered scenes, the attention computed literally; without placing, a cell of four patches gets 4 in 81."""
+    base, seen = nano("kosmos2", "xs").base, []
+    projection = base.image_to_text_projection
+    projection.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    pictures = torch.tensor(show([item("where", number) for number in range(4)])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        base.get_image_features(pictures)
+        latents, attend = projection.latent_query, projection.x_attn
+        keys = attend.k_proj(torch.cat([projection.dense(seen[0]), latents.expand(4, -1, -1)], 1))
+        queries, heads = attend.q_proj(latents), attend.num_heads
+        scores = torch.einsum("lhd,bkhd->bhlk", queries.unflatten(-1, (heads, -1)), keys.unflatten(-1, (heads, -1)))
+        share = (scores * (latents.shape[-1] // heads) ** -0.5).softmax(-1)[..., 1:65]  # patches, after the class token
+    cells = share.unflatten(-1, (4, 2, 4, 2)).sum((-3, -1)).flatten(-2)  # (B, heads, latents, cells)
+    assert float(cells.diagonal(dim1=-2, dim2=-1).mean()) > 0.4
+    assert (cells.mean((0, 1)).argmax(-1) == torch.arange(16)).all()
+
+
 def test_questions_of_the_benchmark_cost_few_tokens_and_survive_the_tokenizer(small):
     for kind in GENERAL:
         for number in range(5):
