@@ -48,7 +48,7 @@ narrow_bars = view.coverage_figure(study, width=3.3)
 pages.show(glance, alt=view.glance_words(found), narrow=narrow) if glance else None
 
 # %%
-pages.statements(view.at_a_glance(study, found))
+pages.statements(view.at_a_glance(study, found, correlation))
 
 # %% [markdown]
 # ## How much of it was run

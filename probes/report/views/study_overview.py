@@ -206,19 +206,36 @@ def answer(study: StudyTables, found: dict[str, list[ArmContrast]], result: Corr
 _APART = ("higher", "lower")
 
 
-def at_a_glance(study: StudyTables, found: dict[str, list[ArmContrast]]) -> list[tuple[str, str]]:
-    """A line per question: the verdicts of its arms, or that it was not run."""
+def at_a_glance(
+    study: StudyTables, found: dict[str, list[ArmContrast]], result: Correlation | None
+) -> list[tuple[str, str]]:  # fmt: skip
+    """A line per question: what was told apart, how many comparisons leave it open, or that it was not run."""
     lines = []
     for axis, words in QUESTIONS.items():
         if not study.on(axis):
             continue
-        contrasts = found.get(axis, [])
-        run = [one for one in contrasts if one.run]
-        told = "; ".join(f"{one.title} ({one.backbone}, {one.protocol}): {one.verdict}" for one in run)
-        if not contrasts:
-            told = f"see the page {_PAGES[axis]}"
+        told = _verdicts(found.get(axis, []))
+        if axis == "capability" and result is not None:
+            told = "; ".join(f"{pair.benchmark}: {pair.verdict} (n {pair.n})" for pair in result.pairs)
+        elif axis == "capability" and len(study.performance):
+            told = f"fewer than {_LEAST} VLMs have both a score and policies"
+        elif axis == "divergence" and study.cells.loc[study.cells["arm"].isin([a["name"] for a in study.on(axis)]),
+                                                      "state"].isin(["done", "shipped"]).any():  # fmt: skip
+            told = f"the page {_PAGES[axis]} measures it"
         lines.append((words, told or f"{shared.NOT_RUN}: {study.command(axis)}"))
     return lines
+
+
+def _verdicts(contrasts: list[ArmContrast]) -> str:
+    """`lower: decoder frozen (tabletop-shift@1); 7 of 8 undetermined`."""
+    run = [one for one in contrasts if one.run]
+    parts = []
+    for word in (*_APART, "not tested"):
+        names = [f"{one.title} ({one.protocol}, {one.backbone})" for one in run if one.verdict == word]
+        parts += [f"{word}: {'; '.join(names)}"] if names else []
+    rest = sum(one.verdict not in (*_APART, "not tested") for one in run)
+    parts += [f"{rest} of {len(run)} comparisons undetermined"] if rest else []
+    return "; ".join(parts)
 
 
 def numbers(study: StudyTables, found: dict[str, list[ArmContrast]], result: Correlation | None) -> dict[str, Any]:
