@@ -21,10 +21,10 @@
 # random orders do, and how alike the maps of another checkpoint of this policy are.
 
 # %% tags=["parameters"]
-checkpoint = "runs/walk/vla"
-reference = "runs/walk/vla/checkpoints/step-000000"
-store = "runs/walk/demos"
-episode = 18
+checkpoint = "data/nano_arms/vla"
+reference = "data/nano_arms/scratch"
+data = "data/nano_arms/probes"
+episode = 1
 frames = 4
 target = "x"
 method = "ig"
@@ -35,7 +35,7 @@ seed = 0
 from probes.report.params import AttributionParams
 
 params = AttributionParams(
-    checkpoint=checkpoint, reference=reference, store=store, episode=episode, frames=frames, target=target,
+    checkpoint=checkpoint, reference=reference, data=data, episode=episode, frames=frames, target=target,
     method=method, orders=orders, seed=seed,
 )  # fmt: skip
 

@@ -16,87 +16,68 @@
 # %% [markdown]
 # # What does the vision encoder know that control needs?
 #
-# A readout (ridge, logistic regression or a small MLP) reads quantities that control needs out of frozen, pooled
-# features of the vision encoder. It is fitted and tuned on some episodes and tested once on others; R² counts from the
-# mean predictor (0), accuracy from the most frequent class. Beside it stand the same readout of the raw pixels, of
-# labels that belong to other episodes, a control task that can only be learnt by heart, and the features that training
-# started from.
+# A readout (ridge, logistic regression or a small MLP) reads quantities that control needs out of frozen features,
+# pooled in 4 × 4 cells, of every layer. It is fitted and tuned on some episodes and tested once on others; R² counts
+# from the mean predictor (0), accuracy from the most frequent class. The same is done with checkpoints that were
+# trained otherwise, with a network of random weights, with raw pixels, with labels that belong to other episodes, and
+# with a control task that can only be learnt by heart.
 
 # %% tags=["parameters"]
-trained = "runs/walk/features-trained"
-start = "runs/walk/features-start"
-store = "runs/walk/demos"
-targets = ["gripper_xyz", "next_action", "task_progress"]
+checkpoint = "data/nano_arms/vla"
+reference = "data/nano_arms/base"
+others = ["data/nano_arms/vlm", "data/nano_arms/spatial", "data/nano_arms/fast", "data/nano_arms/scratch"]
+data = "data/nano_arms/probes"
+layers = ["vision.0..-1", "projector", "decoder.0..-1"]
+targets = ["gripper_xyz", "object_xy", "next_action", "task_progress", "grasp"]
 readout = "linear"
-resamples = 200
+frames = 0
 seed = 0
 
 # %%
 from probes.report.params import FeatureProbeParams
 
 params = FeatureProbeParams(
-    trained=trained, start=start, store=store, targets=targets, readout=readout, resamples=resamples, seed=seed
-)
+    checkpoint=checkpoint, reference=reference, others=others, data=data, layers=layers, targets=targets,
+    readout=readout, frames=frames, seed=seed,
+)  # fmt: skip
 
 # %%
 from probes.report import pages
 from probes.report.views import feature_probe as view
 
-after, before, episodes = view.open_inputs(params)
-results = view.probes(after, before, episodes, params)
-result = results[0]
+found = view.open_inputs(params)
+results = view.probes(found, params)
+changed = view.changed(results, params)
 
 # %%
 from probes.figures_layers import layers_figure
-from probes.figures_probe import probe_figure, similarity_figure
 
-figure = probe_figure(result.to_frame())
-words = view.figure_words(result)
+figure, words = layers_figure(view.frame(results), changed), view.layers_words(results)
 pages.show(figure, alt=words)
 
+# %% [markdown]
+# ## What appears, what is lost?
+#
+# Every checkpoint at the layer that did best on its selection episodes, against the reference at its own.
+
 # %%
-pages.table(view.readout_table(result), caption="▸ marks the layer that did best on the selection episodes.")
+pages.table(view.changes_table(results, changed), caption=view.changes_caption(results, changed))
 
 # %% [markdown]
-# ## Layer by layer
+# ## The checkpoint in question
 #
-# Every target over the layers. Circles mark the layers that did best on the selection episodes. Selectivity: score
-# minus that of the control task. Detectable: the smallest gain that so many episodes show with 80 % power.
-
-# %%
-pages.show(layers_figure(view.frame(results)), alt=view.layers_words(results))
+# Selectivity: score minus that of the control task. Detectable: the smallest gain that so many episodes show with 80 %
+# power.
 
 # %%
 pages.table(view.target_table(results))
 
-# %% [markdown]
-# ## Compared on the same episodes
-
-# %%
-pages.table(view.difference_table(result))
-
-# %% [markdown]
-# ## How alike are the two representations?
-#
-# Debiased centred kernel alignment (CKA) of the same frames before and after training: 1 is the same up to rotation and
-# scale, 0 unrelated. A value in brackets does not rise above what shuffled images give.
-
-# %%
-alike = view.similarity(after, before, resamples=params.resamples, seed=params.seed)
-pages.show(
-    similarity_figure(alike.to_frame(), label_a=after.label, label_b=before.label),
-    alt=view.similarity_words(alike),
-)
-
-# %%
-pages.table(view.similarity_table(alike))
-
 # %%
 pages.finish(
     params,
-    answer=view.answer(result),
-    badges=view.badges(after, before, episodes),
-    numbers=view.numbers(results, alike),
+    answer=view.answer(results, changed),
+    badges=view.badges(found),
+    numbers=view.numbers(results, changed),
     figure=figure,
     alt=words,
 )

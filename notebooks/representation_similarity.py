@@ -21,9 +21,13 @@
 # frames of one episode are nearly copies of each other.
 
 # %% tags=["parameters"]
-a = "runs/walk/features-trained"
-b = "runs/walk/features-start"
-layers = []
+checkpoint = "data/nano_arms/vla"
+reference = "data/nano_arms/base"
+twin = ["data/nano_arms/vla-twin"]
+data = "data/nano_arms/probes"
+layers = ["vision.0..-1", "projector", "decoder.0..-1"]
+pool = "mean"
+frames = 0
 neighbours = 10
 resamples = 200
 seed = 0
@@ -31,21 +35,27 @@ seed = 0
 # %%
 from probes.report.params import RepresentationSimilarityParams
 
-params = RepresentationSimilarityParams(a=a, b=b, layers=layers, neighbours=neighbours, resamples=resamples, seed=seed)
+params = RepresentationSimilarityParams(
+    checkpoint=checkpoint, reference=reference, twin=twin, data=data, layers=layers, pool=pool, frames=frames,
+    neighbours=neighbours, resamples=resamples, seed=seed,
+)  # fmt: skip
 
 # %%
 from probes.report import pages
 from probes.report.views import representation_similarity as view
 
-one, other = view.open_inputs(params)
-alike = view.compare(one, other, params)
+found = view.open_inputs(params)
+alike = view.compare(found, params)
 
 # %%
-from probes.figures_probe import similarity_figure
-
-figure = similarity_figure(alike.cka.to_frame(), label_a=one.label, label_b=other.label)
-words = view.figure_words(alike, one, other)
+figure, words = view.figure(alike), view.figure_words(alike)
 pages.show(figure, alt=words)
+
+# %%
+pages.table(view.layer_table(alike), caption=view.layer_caption(alike))
+
+# %% [markdown]
+# ## All pairs of layers
 
 # %%
 pages.table(view.cka_table(alike))
@@ -62,8 +72,8 @@ pages.table(view.other_table(alike))
 # %%
 pages.finish(
     params,
-    answer=view.answer(alike, one, other),
-    badges=view.badges(one, other),
+    answer=view.answer(alike),
+    badges=view.badges(found),
     numbers=view.numbers(alike),
     figure=figure,
     alt=words,

@@ -1,9 +1,9 @@
 """Figures of probes over many layers and checkpoints: what appears, moves or is lost, and maps of dense readouts.
 
-    save_figure(layers_figure(rows), folder / "layers")        # one panel per target, one line per checkpoint
+    save_figure(layers_figure(rows, changes), folder / "layers")   # one panel per target, one colour per checkpoint
 
-Every panel shows what a line must be above: pixels, labels of other episodes, the control task. Trap: the lines are of
-the test episodes, the marked layers were chosen on others; the highest point of a line is not the chosen one.
+Every panel shows what a point must be above: pixels, labels of other episodes, the control task. Trap: the points are
+of the test episodes, the ringed layers were chosen on others; a checkpoint's highest point is not the chosen one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probes.style import INK, MARKERS, MUTED, PALETTE, SMALL, TWO_COLUMN, figure_style, new_figure
+from probes.style import GRID, INK, MARKERS, MUTED, PALETTE, SMALL, TWO_COLUMN, figure_style, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,64 +22,104 @@ if TYPE_CHECKING:
     from probes.probe import Probe
     from vlm4vla_core.episodes.store import EpisodeStore
 
-MANY, SHOWN = 12, 4  # ticks of a panel; frames of a sheet
+MANY, SHOWN = 12, 4  # layers that are named and stand on bands of their own; frames of a sheet
+_COLOURS = (PALETTE[1], PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[5])  # the reference is INK, pixels PALETTE[4]
+_BELOW = 0.4  # how far below the floor a panel reaches; worse than nothing is no more worth telling apart
+_LINE, _ROOM = 0.35, 0.78  # opacity of what joins the points of a checkpoint; width of a layer's points, of 1
 
 
 @figure_style()
-def layers_figure(rows: pd.DataFrame) -> Figure:
+def layers_figure(rows: pd.DataFrame, changes: pd.DataFrame | None = None) -> Figure:
     """Scores of every checkpoint over its layers, with intervals over test episodes; one panel per target.
 
-    rows: `Probe.to_frame()` of one kind of readout, several targets one below the other.
+    rows: `Probe.to_frame()` of one kind of readout, several targets one below the other. changes: `probe.changes` of
+    the same, all from one reference, which is drawn first; a point that does not differ from the reference's is hollow.
     """
-    targets = list(dict.fromkeys(rows["target"]))
-    across = min(2, len(targets))
+    of_layers = rows[rows["kind"].isin(["features", "against"])]
+    targets, layers, names = (list(dict.fromkeys(of_layers[column])) for column in ("target", "layer", "name"))
+    if changes is not None and len(changes):
+        reference = changes["reference"].iloc[0]
+        names.sort(key=lambda name: name != reference)
+    across = 1 if len(layers) * len(names) > 20 or len(targets) == 1 else 2
     down = -(-len(targets) // across)
-    fig, axes = new_figure(down, across, width=TWO_COLUMN if across > 1 else 5.0, height=0.7 + 2.1 * down)
+    tall = 1.45 if across == 1 and len(targets) > 1 else 2.1
+    fig, axes = new_figure(down, across, width=TWO_COLUMN, height=0.9 + tall * down, sharex=True)
     for axis, target in zip(axes.flat, targets, strict=False):
-        _panel(axis, rows[rows["target"] == target])
-        axis.set_title(target)
-    for axis in axes.flat[len(targets) :]:
-        axis.set_axis_off()
+        told = None if changes is None else changes[changes["target"] == target]
+        _panel(axis, rows[rows["target"] == target], names, layers, told)
+        axis.set_title(target.replace("_", " "))
+    for column in range(len(targets) - across * (down - 1), across):  # empty panels of the last row
+        axes[-1, column].set_axis_off()
+        axes[-2, column].tick_params(labelbottom=True)
     handles: dict[str, Any] = {}
     for axis in axes.flat[: len(targets)]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    fig.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4 if across > 1 else 3)
+    fig.legend(
+        handles.values(), handles.keys(), loc="outside upper left", ncols=min(len(handles), 6), columnspacing=1.2
+    )
+    notes = ["lines: 95 % over held-out episodes", "ring: layer chosen on selection episodes"]
+    if changes is not None and len(changes):
+        notes.insert(1, f"filled: the paired difference from {changes['reference'].iloc[0]} excludes 0")
+    fig.supxlabel("; ".join(notes), fontsize=SMALL, color=MUTED, x=0.01, ha="left")
     return fig
 
 
-def _panel(axis: Axes, rows: pd.DataFrame) -> None:
+def _panel(axis: Axes, rows: pd.DataFrame, names: list[str], layers: list[str], changes: pd.DataFrame | None) -> None:
     of_layers = rows[rows["kind"].isin(["features", "against"])]
-    layers = list(dict.fromkeys(of_layers["layer"]))
-    names = list(dict.fromkeys(of_layers["name"]))
+    crowded = len(layers) > MANY
+    step = (0.0 if crowded else _ROOM) / max(1, len(names))
+    colours = iter(_COLOURS * (1 + len(names) // len(_COLOURS)))
     for number, name in enumerate(names):
-        mine = of_layers[of_layers["name"] == name].set_index("layer").loc[layers]
-        x = np.arange(len(layers)) + 0.08 * (number - (len(names) - 1) / 2)
+        mine = of_layers[of_layers["name"] == name].set_index("layer").reindex(layers)
+        x = np.arange(len(layers)) + step * (number - (len(names) - 1) / 2)
         value = mine["r2"].to_numpy(float)
-        spread = np.abs(mine[["low", "high"]].to_numpy(float).T - value)
-        colour, untrained = PALETTE[number % len(PALETTE)], name.startswith("untrained ")
-        axis.errorbar(
-            x, value, yerr=spread, color=MUTED if untrained else colour, marker=MARKERS[number % len(MARKERS)],
-            linestyle=":" if untrained else "-", elinewidth=0.8, capsize=0, label=name,
-        )  # fmt: skip
-        best = int(mine["selected"].to_numpy(float).argmax())
-        axis.plot(x[best], value[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, linewidth=0)
+        untrained = name.startswith("untrained ")
+        colour = INK if number == 0 else MUTED if untrained else next(colours)
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[number % len(MARKERS)]}
+        axis.plot(x, value, ":" if untrained else "-", color=colour, linewidth=0.8, alpha=1 if crowded else _LINE)
+        axis.vlines(x, mine["low"].to_numpy(float), mine["high"].to_numpy(float), color=colour, linewidth=0.9)
+        axis.plot([], [], linestyle="none", label=name, **style)
+        same = _same(changes, name, layers)
+        axis.plot(x[~same], value[~same], linestyle="none", **style)
+        axis.plot(x[same], value[same], linestyle="none", markerfacecolor="white", markeredgewidth=0.9, **style)
+        if np.isfinite(selected := mine["selected"].to_numpy(float)).any():
+            best = int(np.nanargmax(selected))
+            axis.plot(x[best], value[best], "o", markersize=8.5, markerfacecolor="none", markeredgecolor=INK,
+                      markeredgewidth=0.7)  # fmt: skip
     flat = {kind: rows[rows["kind"] == kind] for kind in ("pixels", "shuffled", "control", "mean")}
-    for kind, style, colour, label in (("pixels", "--", PALETTE[4], "pixels"), ("control", "-.", INK, "control task")):
+    for kind, dashes, colour, label in (("pixels", "--", PALETTE[4], "pixels"), ("control", "-.", INK, "control task")):
         if len(flat[kind]):
-            axis.axhline(float(flat[kind]["r2"].iloc[0]), color=colour, linestyle=style, linewidth=1.0, label=label)
+            axis.axhline(float(flat[kind]["r2"].iloc[0]), color=colour, linestyle=dashes, linewidth=1.0, label=label)
     if len(flat["shuffled"]):
         low, high = (float(flat["shuffled"][name].iloc[0]) for name in ("low", "high"))
-        axis.axhspan(low, high, color=MUTED, alpha=0.25, linewidth=0, label="labels of other episodes")
+        axis.axhspan(low, high, color=MUTED, alpha=0.2, linewidth=0, label="labels of other episodes")
     floor = float(flat["mean"]["r2"].iloc[0])
     axis.axhline(floor, color=MUTED, linewidth=0.7)
-    drawn = [of_layers["r2"], of_layers["low"], flat["pixels"]["r2"], flat["shuffled"]["r2"], flat["control"]["r2"]]
-    lowest = min(float(np.nanmin(part.to_numpy(float), initial=floor)) for part in drawn)
-    axis.set_ylim(max(lowest, floor - 0.6) - 0.05, 1.03)
-    step = -(-len(layers) // MANY)
-    shown = [layer.replace("vision.", "v").replace("decoder.", "d") for layer in layers]
-    axis.set_xticks(range(0, len(layers), step), shown[::step], fontsize=SMALL)
+    drawn = [of_layers[name] for name in ("r2", "low", "high")]
+    drawn += [flat[kind]["r2"] for kind in ("pixels", "control")] + [flat["shuffled"][name] for name in ("low", "high")]
+    low, high = (
+        float(end([end(part.to_numpy(float), initial=floor) for part in drawn])) for end in (np.nanmin, np.nanmax)
+    )
+    room = max(0.3, high - max(low, floor - _BELOW))
+    axis.set_ylim(max(low, floor - _BELOW) - 0.05 * room, min(high, 1.0) + 0.05 * room)
+    every = -(-len(layers) // MANY)
+    axis.set_xticks(range(0, len(layers), every), layers[::every], fontsize=SMALL)
+    axis.set_xlim(-0.5, len(layers) - 0.5)
+    axis.tick_params(axis="x", length=0)
+    axis.grid(axis="x", visible=False)
+    for place in range(1, 0 if crowded else len(layers), 2):
+        axis.axvspan(place - 0.5, place + 0.5, color=GRID, alpha=0.45, linewidth=0, zorder=0)
     axis.set_ylabel("R²" if bool(np.isclose(floor, 0)) else "accuracy")
+
+
+def _same(changes: pd.DataFrame | None, name: str, layers: list[str]) -> np.ndarray:
+    """Per layer, whether the difference from the reference is known and its interval holds 0."""
+    if changes is None:
+        return np.zeros(len(layers), bool)
+    mine = changes[(changes["name"] == name) & ~changes["best"]].set_index("layer").reindex(layers)
+    low, high = mine["low"].to_numpy(float), mine["high"].to_numpy(float)
+    return np.asarray((low <= 0) & (high >= 0))
 
 
 @figure_style()

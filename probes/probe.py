@@ -20,7 +20,7 @@ import numpy as np
 from probes.control import control_labels, types_of
 from probes.readout import Difference, Parts, Readout, best_layer, compare_probes, read_out, split
 from probes.targets import target_of
-from vlm4vla_core.errors import InputError
+from vlm4vla_core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,6 +104,32 @@ class Probe:
             detectable = np.nan if found.detectable is None else found.detectable
             rows.append({"name": name, "value": found.value, "low": low, "high": high, "detectable": detectable})
         return pd.DataFrame(rows, columns=["name", "value", "low", "high", "detectable"])
+
+
+def changes(result: Probe, reference: str, *, seed: int = 0) -> pd.DataFrame:
+    """How every other source's score differs from that of `reference`, layer by layer: target, readout, reference,
+    name, layer, value, low, high, paired by episode; `best` marks the row of both sources' own chosen layers, whose
+    layer is the source's.
+
+    reference: `result.label` or one of `result.against`. Raises InputError for another name.
+    """
+    import pandas as pd
+
+    sources = {result.label: result.readouts, **result.against}
+    if reference not in sources:
+        raise InputError(f"no source '{reference}' in this probe", fix=nearest(reference, sources))
+    base, rows = sources[reference], []
+    own = best_layer(base)
+    for name, readouts in sources.items():
+        if name == reference:
+            continue
+        pairs = [(layer, layer, False) for layer in readouts] + [(best_layer(readouts), own, True)]
+        for layer, theirs, best in pairs:
+            found = compare_probes(readouts[layer], base[theirs], seed=seed)
+            low, high = found.interval or (np.nan, np.nan)
+            rows.append((result.target, result.kind, reference, name, layer, found.value, low, high, best))
+    names = ["target", "readout", "reference", "name", "layer", "value", "low", "high", "best"]
+    return pd.DataFrame(rows, columns=names).astype({"best": bool})  # of none, too
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,17 @@ class Input:
 
 @dataclass(frozen=True)
 class Inputs(Input):
-    """Marks a parameter as a list of files and folders; an entry may be a pattern such as `runs/eval/*`."""
+    """Marks a parameter as a list of files and folders; an entry may be a pattern such as `runs/eval/*`. least: how
+    many entries there must be."""
+
+    least: int = 1
 
     def resolve(self, value: Any) -> tuple[Path, ...]:  # type: ignore[override]  # many where Input has one
         """Every existing path named, in order. Raises InputError when an entry names nothing."""
         entries = [value] if isinstance(value, str | Path) else value
-        if not isinstance(entries, list | tuple) or not entries:
-            raise ValueError("should be a list of at least one file, folder or pattern")
+        if not isinstance(entries, list | tuple) or len(entries) < self.least:
+            some = "at least one file, folder or pattern" if self.least else "files, folders or patterns"
+            raise ValueError(f"should be a list of {some}")
         if not all(isinstance(entry, str | Path) for entry in entries):
             raise ValueError("should hold paths only")
         fix = f"make it with `{self.made_by}`" if self.made_by else ""
@@ -211,25 +215,34 @@ class CapabilityVsPerformanceParams(NotebookParams):
     seed: Seed
 
 
+_SOURCE = "checkpoint or run folder, or folder of features"
+
+
 class FeatureProbeParams(NotebookParams):
     """Parameters of `feature_probe`."""
 
     notebook: ClassVar[str] = "feature_probe"
-    trained: Annotated[
-        Path, Input("features", made_by="vlm4vla features"), Field(description="features of the checkpoint in question")
+    checkpoint: Annotated[Path, Input(made_by="vlm4vla train"), Field(description=f"the {_SOURCE} in question")]
+    reference: Annotated[
+        Path, Input(made_by="vlm4vla train"), Field(description=f"{_SOURCE} that all others are compared with")
     ]
-    start: Annotated[
-        Path, Input("features", made_by="vlm4vla features"), Field(description="features of what it is compared with")
+    others: Annotated[
+        tuple[Path, ...],
+        Inputs(made_by="vlm4vla train", least=0),
+        Field(description="further checkpoints of the same layers, or features of the same frames; may be empty"),
     ]
-    store: Annotated[
-        Path, Input("episodes", made_by="vlm4vla record"), Field(description="the episode store of these features")
+    data: Annotated[
+        Path, Input("episodes", made_by="vlm4vla record"), Field(description="the episode store that is looked at")
+    ]
+    layers: Annotated[
+        list[str], Field(min_length=1, description="layers of checkpoints, such as vision.0..-1 (see vlm4vla features)")
     ]
     targets: Annotated[
         list[str],
         Field(min_length=1, description="what is read out of the features, the headline's first (see `vlm4vla probe`)"),
     ]
     readout: Annotated[Literal["linear", "mlp"], Field(description="kind of readout: linear or mlp")]
-    resamples: Annotated[int, Field(ge=0, description="bootstrap draws for the similarity's intervals, 0 for none")]
+    frames: Annotated[int, Field(ge=0, description="frames of the store that checkpoints see, 0 for all")]
     seed: Seed
 
 
@@ -237,13 +250,21 @@ class RepresentationSimilarityParams(NotebookParams):
     """Parameters of `representation_similarity`."""
 
     notebook: ClassVar[str] = "representation_similarity"
-    a: Annotated[
-        Path, Input("features", made_by="vlm4vla features"), Field(description="features of the checkpoint in question")
+    checkpoint: Annotated[Path, Input(made_by="vlm4vla train"), Field(description=f"the {_SOURCE} in question")]
+    reference: Annotated[Path, Input(made_by="vlm4vla train"), Field(description=f"{_SOURCE} that it is compared with")]
+    twin: Annotated[
+        tuple[Path, ...],
+        Inputs(made_by="vlm4vla train", least=0),
+        Field(description="another seed of the checkpoint's run, for the ceiling: at most one, may be empty"),
     ]
-    b: Annotated[
-        Path, Input("features", made_by="vlm4vla features"), Field(description="features of what it is compared with")
+    data: Annotated[
+        Path, Input("episodes", made_by="vlm4vla record"), Field(description="the episode store that is looked at")
     ]
-    layers: Annotated[list[str], Field(description="layers to compare, such as vision.0; empty: all there are")]
+    layers: Annotated[
+        list[str], Field(min_length=1, description="layers of checkpoints, such as vision.0..-1 (see vlm4vla features)")
+    ]
+    pool: Annotated[Literal["mean", "grid", "attn", "cls"], Field(description="pooling of checkpoints' tokens")]
+    frames: Annotated[int, Field(ge=0, description="frames of the store that checkpoints see, 0 for all")]
     neighbours: Annotated[int, Field(ge=1, le=100, description="nearest frames that are compared, 1 to 100")]
     resamples: Annotated[int, Field(ge=0, description="bootstrap draws for the intervals, 0 for none")]
     seed: Seed
@@ -259,7 +280,7 @@ class AttributionParams(NotebookParams):
     reference: Annotated[
         Path, Input(made_by="vlm4vla train"), Field(description="checkpoint of the same policy to compare with")
     ]
-    store: Annotated[Path, Input("episodes", made_by="vlm4vla record"), Field(description="an episode store")]
+    data: Annotated[Path, Input("episodes", made_by="vlm4vla record"), Field(description="an episode store")]
     episode: Annotated[int, Field(ge=0, description="number of the episode, from 0")]
     frames: Annotated[int, Field(ge=1, le=16, description="frames of the episode, evenly spread, 1 to 16")]
     target: Annotated[str, Field(description="an action dimension, such as x, or gripper")]
@@ -274,6 +295,33 @@ class TrainingDivergenceParams(NotebookParams):
     """Parameters of `training_divergence`."""
 
     notebook: ClassVar[str] = "training_divergence"
-    divergence: Annotated[
-        Path, Input("divergence", made_by="vlm4vla diverge"), Field(description="folder written by vlm4vla diverge")
+    base: Annotated[
+        Path, Input(made_by="vlm4vla train"), Field(description="checkpoint or run that both trainings started from")
     ]
+    vlm: Annotated[
+        tuple[Path, ...],
+        Inputs(made_by="vlm4vla train"),
+        Field(max_length=2, description="the VLM-trained checkpoint or run, and perhaps another seed of it"),
+    ]
+    vla: Annotated[
+        tuple[Path, ...],
+        Inputs(made_by="vlm4vla train"),
+        Field(max_length=2, description="the VLA-trained checkpoint or run, and perhaps another seed of it"),
+    ]
+    trajectories: Annotated[
+        tuple[Path, ...],
+        Inputs(made_by="vlm4vla train --snapshots sketch", least=0),
+        Field(description="runs of both trainings with recorded snapshots, four seeds of each; may be empty"),
+    ]
+    data: Annotated[
+        Path,
+        Input("episodes", made_by="vlm4vla record"),
+        Field(description="the episode store that is looked at"),
+    ]
+    groups: Annotated[
+        list[str], Field(description="module groups to show, such as vision or decoder.0; all of them if empty")
+    ]
+    layers: Annotated[list[str], Field(min_length=1, description="layers to compare, such as vision.0..-1")]
+    frames: Annotated[int, Field(ge=0, description="frames of the store that the layers see, 0 for all")]
+    batches: Annotated[int, Field(ge=2, description="independent batches per loss, at least 2")]
+    seed: Seed

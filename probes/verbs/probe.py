@@ -107,7 +107,7 @@ def run(args: Args) -> int:
         ],
     }  # fmt: skip
     if args.out:
-        _write(args.out, results, rows, store)
+        _write(args.out, results, rows, store, args.seed)
         write_result(args.out / "probe.json", "probe", config=config, inputs=inputs, **value)
         print(f"tables and figures in {args.out}")
     if args.json:
@@ -186,18 +186,21 @@ def _facts(result: Probe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(out: Path, results: list[Probe], rows: pd.DataFrame, store: EpisodeStore) -> None:
+def _write(out: Path, results: list[Probe], rows: pd.DataFrame, store: EpisodeStore, seed: int) -> None:
     import pandas as pd
 
     from probes.figures_layers import layers_figure, maps_sheet
+    from probes.probe import changes
     from probes.style import save_figure
 
     out.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(out / "rows.parquet")
     told = [one.differences_frame().assign(target=one.target, readout=one.kind) for one in results]
     pd.concat(told, ignore_index=True).to_parquet(out / "differences.parquet")
+    changed = pd.concat([changes(one, one.label, seed=seed) for one in results], ignore_index=True)
     for readout in dict.fromkeys(rows["readout"]):
-        save_figure(layers_figure(rows[rows["readout"] == readout]), out / f"layers-{readout}")
+        figure = layers_figure(rows[rows["readout"] == readout], changed[changed["readout"] == readout])
+        save_figure(figure, out / f"layers-{readout}")
     for one in results:
         if one.maps is not None:
             sheet = maps_sheet(one, store)

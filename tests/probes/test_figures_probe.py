@@ -8,35 +8,42 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probes.figures_probe import MANY, divergence_figure, probe_figure, similarity_figure
+from probes.figures_divergence import divergence_figure
+from probes.figures_layers import layers_figure
+from probes.figures_probe import MANY, similarity_figure
 from probes.style import save_figure
 
 
-def probe_rows() -> pd.DataFrame:
-    def row(kind: str, layer: str, r2: float, low: float | None, high: float | None, chosen: bool = False) -> dict:
-        name = {"features": "vla step 9", "against": "vla step 0"}.get(kind, kind)
-        return {"kind": kind, "name": name, "layer": layer, "chosen": chosen, "r2": r2, "low": low, "high": high}
+def test_layers_show_every_checkpoint_and_hollow_where_nothing_is_told_apart() -> None:
+    def row(kind: str, name: str, layer: str, r2: float, low: float | None = None, high: float | None = None) -> dict:
+        return {"target": "grasp", "kind": kind, "name": name, "layer": layer, "r2": r2, "low": low, "high": high,
+                "selected": r2 if kind in ("features", "against") else None}  # fmt: skip
 
-    return pd.DataFrame(
+    rows = pd.DataFrame(
         [
-            row("features", "vision.0", 0.41, 0.30, 0.52), row("features", "vision.1", 0.62, 0.5, 0.7, True),
-            row("against", "vision.0", 0.23, None, None), row("against", "vision.1", -0.27, -0.5, 0.1, True),
-            row("pixels", "", 0.35, 0.2, 0.45), row("shuffled", "vision.1", -0.02, -0.1, 0.01),
-            row("mean", "", 0, 0, 0),
+            row("features", "vla", "vision.0", 0.41, 0.30, 0.52), row("features", "vla", "vision.1", 0.62, 0.5, 0.7),
+            row("against", "base", "vision.0", 0.23), row("against", "base", "vision.1", -0.27, -0.5, 0.1),
+            row("pixels", "pixels", "", 0.35, 0.2, 0.45), row("shuffled", "x", "vision.1", -0.02, -0.1, 0.01),
+            row("mean", "mean predictor", "", 0, 0, 0),
         ]
     )  # fmt: skip
-
-
-def test_probe_bars_show_every_readout_and_baseline() -> None:
-    axis = probe_figure(probe_rows()).axes[0]
-    widths = [bar.get_width() for bar in axis.patches]
-    assert widths == [0.41, 0.23, 0.62, -0.27, 0.35, -0.02]  # by layer, the comparison under each; then the baselines
-    assert [label.get_text() for label in axis.get_yticklabels()][2] == "vision.1 ▸"
-    assert [text.get_text() for text in axis.texts] == ["0.41", "0.23", "0.62", "−0.27", "0.35", "−0.02"]
-    spans = [tuple(line.get_xdata()) for line in axis.lines if line.get_xdata()[0] != line.get_xdata()[1]]
-    assert spans == [(0.30, 0.52), (0.5, 0.7), (-0.5, 0.1), (0.2, 0.45), (-0.1, 0.01)]
-    low, high = axis.get_xlim()
-    assert low < -0.5 and high > 0.7
+    changes = pd.DataFrame(
+        [("grasp", "linear", "base", "vla", "vision.0", 0.18, -0.1, 0.4, False),
+         ("grasp", "linear", "base", "vla", "vision.1", 0.89, 0.5, 1.2, False),
+         ("grasp", "linear", "base", "vla", "vision.1", 0.39, -0.5, 1.2, True)],
+        columns=["target", "readout", "reference", "name", "layer", "value", "low", "high", "best"],
+    )  # fmt: skip
+    figure = layers_figure(rows, changes)
+    axis = figure.axes[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["base", "vla"]  # the reference first
+    lone = [line for line in axis.lines if line.get_linestyle() == "None" and line.get_marker() != "None"]
+    points = [(line.get_markerfacecolor(), y) for line in lone if line.get_markersize() < 8 for y in line.get_ydata()]
+    assert sorted(y for _, y in points) == [-0.27, 0.23, 0.41, 0.62]
+    assert [y for face, y in points if face == "white"] == [0.41]
+    rings = [float(line.get_ydata()[0]) for line in lone if line.get_markersize() > 8]
+    assert sorted(rings) == [0.23, 0.62]
+    low, high = axis.get_ylim()
+    assert -0.5 < low < -0.4 and 0.7 < high < 0.8  # what is far below nothing is cut off
 
 
 def test_similarity_puts_what_is_not_above_the_floor_in_brackets() -> None:
@@ -47,6 +54,10 @@ def test_similarity_puts_what_is_not_above_the_floor_in_brackets() -> None:
     assert [text.get_text() for text in axis.texts] == ["0.90", "(0.02)", "0.50", "0.80"]
     assert np.array_equal(axis.images[0].get_array(), [[0.9, 0.02], [0.5, 0.8]])
     assert (axis.get_ylabel(), axis.get_xlabel()) == ("trained", "start")
+    rows = rows.assign(layer_b=["v0", "v1"] * 2, ceiling=[0.95, 0.95, 0.9, 0.9])
+    _, beside, *_ = similarity_figure(rows, label_a="trained", label_b="start", twin="seed 1").axes
+    ceiling, own = (line.get_ydata().tolist() for line in beside.lines)
+    assert (ceiling, own) == ([0.95, 0.9], [0.9, 0.8])
 
 
 def weights(groups: list[str]) -> pd.DataFrame:

@@ -273,7 +273,7 @@ def test_a_checkpoint_alone_is_probed_without_a_reference(tmp_path, monkeypatch)
         "feature_probe", tmp_path / "out", monkeypatch, checkpoint=str(mine), reference=str(mine), others=[],
         data=str(tmp_path / "store"), targets=["gripper_xyz"],
     )  # fmt: skip
-    assert results["numbers"]["changes"] == [] and "against raw pixels" in results["answer"]
+    assert results["numbers"]["changes"] == [] and "worse than raw pixels" in results["answer"]
 
 
 def test_where_the_weights_come_from_is_told_or_said_to_be_missing():

@@ -21,11 +21,12 @@ def test_representation_similarity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     x = rng.normal(size=(len(store), 6))
     turned = 3 * x @ np.linalg.qr(rng.normal(size=(6, 6)))[0] + 1
     a = write_features(tmp_path / "a", store, x, "net a")
+    a_twin = write_features(tmp_path / "twin", store, -2 * turned, "net a again")
     for name, other in (("turned", turned), ("noise", rng.normal(size=(len(store), 6)))):
         b = write_features(tmp_path / name, store, other, name)
         results = play(
-            "representation_similarity", tmp_path / f"out-{name}", monkeypatch, a=str(a), b=str(b), resamples=20,
-            neighbours=5,
+            "representation_similarity", tmp_path / f"out-{name}", monkeypatch, checkpoint=str(a), reference=str(b),
+            twin=[str(a_twin)] if name == "noise" else [], data=str(store.path), resamples=20, neighbours=5,
         )  # fmt: skip
         (cka,), (others,) = results["numbers"]["cka"], results["numbers"]["other"]
         if name == "turned":
@@ -34,6 +35,8 @@ def test_representation_similarity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert results["answer"].endswith("above what shuffled images give.")
         else:
             assert abs(cka["cka"]) < 0.2 and others["mutual_knn"] < 0.3
+            assert cka["ceiling"] == pytest.approx(1) and cka["ceiling_high"] == pytest.approx(1)
+            assert results["answer"].endswith("net a again, another seed of net a, has 1.00 in vision.0.")
 
 
 def test_attribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +45,7 @@ def test_attribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in (0, 1):
         VLAPolicy(tiny("paligemma", seed=seed, image_size=SIZE), config, seed=seed).save(tmp_path / f"vla{seed}")
     results = play(
-        "attribution", tmp_path / "out", monkeypatch, checkpoint=str(tmp_path / "vla0"), store=str(store.path),
+        "attribution", tmp_path / "out", monkeypatch, checkpoint=str(tmp_path / "vla0"), data=str(store.path),
         reference=str(tmp_path / "vla1"), episode=1, frames=2, orders=4,
     )  # fmt: skip
     frames, reference = results["numbers"]["frames"], results["numbers"]["reference"]

@@ -54,7 +54,7 @@ def explained(params: AttributionParams) -> Explained:
     from vlm4vla_core.episodes.store import EpisodeStore
     from vlm4vla_core.policy import VLAPolicy
 
-    store = EpisodeStore.open(params.store)
+    store = EpisodeStore.open(params.data)
     known_steps(store, params.episode, ())
     length = int(store.lengths[params.episode])
     steps = [int(s) for s in np.unique(np.linspace(0, length - 1, min(params.frames, length)).round())]

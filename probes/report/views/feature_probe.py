@@ -1,4 +1,4 @@
-"""The view of `feature_probe`: readouts beside their baselines, paired differences, similarity, the sentence."""
+"""The view of `feature_probe`: readouts of many checkpoints beside their baselines, what changed, the sentence."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ from probes.report.views.origins import data_badges, model_badges
 if TYPE_CHECKING:
     import pandas as pd
 
-    from probes.features import Features
     from probes.probe import Probe
     from probes.readout import Difference
     from probes.report.params import FeatureProbeParams
-    from probes.similarity import CkaMatrix
-    from vlm4vla_core.episodes.store import EpisodeStore
+    from probes.report.views.opened import Opened
 
 WORDS = {
     "gripper_xyz": "the gripper's position", "gripper_xy": "the gripper's place over the table",
     "object_xy": "the place of the object in question", "next_action": "the next action",
     "task_progress": "the progress of the task", "grasp": "whether the hand holds something",
+    "contact": "whether the hand touches something",
 }  # fmt: skip
+MARKS = {"gained": "▲", "lost": "▼", "undetermined": "·"}
 
 
-def open_inputs(params: FeatureProbeParams) -> tuple[Features, Features, EpisodeStore]:
-    """The features in question, those they are compared with, and their store."""
-    from probes.features import Features
-    from vlm4vla_core.episodes.store import EpisodeStore
+def open_inputs(params: FeatureProbeParams) -> Opened:
+    """Features of the checkpoint in question, the reference, the others, and an untrained network; and their store."""
+    from probes.report.views.opened import open_all
 
-    return Features.open(params.trained), Features.open(params.start), EpisodeStore.open(params.store)
+    sources = (params.checkpoint, params.reference, *params.others)
+    return open_all(
+        sources, params.data, layers=params.layers, pool="grid", frames=params.frames, seed=params.seed, untrained=True
+    )
 
 
-def probes(trained: Features, start: Features, store: EpisodeStore, params: FeatureProbeParams) -> list[Probe]:
+def probes(found: Opened, params: FeatureProbeParams) -> list[Probe]:
     """One probe for each target, the headline's first."""
     from probes.probe import probe
 
+    first, *others = found.features
     return [
-        probe(trained, store, target, kind=params.readout, against=[start], seed=params.seed)
+        probe(first, found.store, target, kind=params.readout, against=others, seed=params.seed)
         for target in params.targets
     ]
 
@@ -49,20 +52,77 @@ def frame(results: list[Probe]) -> pd.DataFrame:
     return pd.concat([result.to_frame() for result in results], ignore_index=True)
 
 
+def changed(results: list[Probe], params: FeatureProbeParams) -> pd.DataFrame:
+    """`probe.changes` of every target from the reference, with the verdict: gained, lost or undetermined."""
+    import numpy as np
+    import pandas as pd
+
+    from probes.probe import changes
+
+    parts = [changes(result, _reference(result), seed=params.seed) for result in results]
+    rows = pd.concat(parts, ignore_index=True)
+    sides = [rows["low"] > 0, rows["high"] < 0]
+    rows["verdict"] = np.select(sides, ["gained", "lost"], "undetermined")
+    return rows
+
+
+def _reference(result: Probe) -> str:
+    """The first that the checkpoint in question is compared with, or itself when there is no other."""
+    return next(iter(result.against), result.label)
+
+
+def changes_table(results: list[Probe], rows: pd.DataFrame) -> pd.DataFrame:
+    """A line per target, a column per checkpoint: score at its own chosen layer, that layer, and whether that is more
+    or less than the reference has at its own."""
+    import pandas as pd
+
+    best = rows[rows["best"]].set_index(["target", "name"])
+    lines = []
+    for result in results:
+        reference = _reference(result)
+        sources = {reference: None, result.label: result.readouts, **result.against}
+        line: dict[str, Any] = {"target": result.target.replace("_", " "), "in": result.score}
+        for name in sources:
+            readouts = result.readouts if name == result.label else result.against[name]
+            layer = _chosen(readouts)
+            text = f"{plain(readouts[layer].mean)} {layer.replace('vision.', 'v').replace('decoder.', 'd')}"
+            line[name] = text if name == reference else f"{text} {MARKS[best.at[(result.target, name), 'verdict']]}"
+        lines.append({**line, "pixels": plain(result.pixels.mean)})
+    return pd.DataFrame(lines)
+
+
+def changes_caption(results: list[Probe], rows: pd.DataFrame) -> str:
+    """How to read `changes_table`, and how many of the comparisons may be chance."""
+    count = int((~rows["best"]).sum())
+    told = int(((rows["verdict"] != "undetermined") & ~rows["best"]).sum())
+    return (
+        f"v: vision block, d: decoder layer, each source's own choice on selection episodes. ▲ more, ▼ less than "
+        f"{_reference(results[0])} (paired 95 % interval over {len(results[0].pixels.test_episodes)} episodes); · not "
+        f"told apart. Layer by layer {told} of {count} differences exclude 0; 5 % would by chance."
+    )
+
+
+def _chosen(readouts: dict[str, Any]) -> str:
+    from probes.readout import best_layer
+
+    return best_layer(readouts)
+
+
 def target_table(results: list[Probe]) -> pd.DataFrame:
-    """Per target: the chosen layer's score and selectivity, the pixels', and the gain over the start."""
+    """Per target: the chosen layer's score and selectivity, the pixels', and the gain over the reference there."""
     import pandas as pd
 
     rows = []
     for result in results:
         chosen, floor = result.readouts[result.layer], result.nothing.mean
         row: dict[str, Any] = {
-            "target": result.target, "layer ▸": result.layer, "counted in": result.score,
-            "score": plain(chosen.mean, 3),
+            "target": result.target.replace("_", " "), "layer ▸": result.layer, "counted in": result.score,
+            "score": plain(chosen.mean, 3), "95 % interval": span(*chosen.interval, 3) if chosen.interval else None,
             "nothing to see": plain(floor, 3), "pixels": plain(result.pixels.mean, 3),
             "selectivity": None if chosen.selectivity is None else signed(chosen.selectivity, 3),
         }  # fmt: skip
-        for label in result.against:
+        if result.against:
+            label = _reference(result)
             gain = result.differences[f"{result.label} - {label}, {result.layer}"]
             ends = gain.interval
             row[f"gain over {label}"] = None if ends is None else span(ends.low, ends.high, 3)
@@ -74,21 +134,16 @@ def target_table(results: list[Probe]) -> pd.DataFrame:
 def layers_words(results: list[Probe]) -> str:
     """What the figure of all targets shows, for readers who do not see it."""
     parts = [f"{result.target} best in {result.layer} ({result.readouts[result.layer].mean:.2f})" for result in results]
-    return f"Scores of a readout over the layers, one panel per target: {'; '.join(parts)}."
+    others = ", ".join(results[0].against)
+    return (
+        f"Scores of a readout over the layers of {results[0].label}, beside {others}, one panel per target: "
+        f"{'; '.join(parts)}."
+    )
 
 
-def similarity(trained: Features, start: Features, *, resamples: int, seed: int) -> CkaMatrix:
-    """Debiased CKA, layer by layer, with intervals over episodes."""
-    from probes.similarity import cka_matrix
-
-    trained.same_images(start)
-    episodes = trained.index["episode"].to_numpy()
-    layers = ({name: side.layer(name) for name in side.layers} for side in (trained, start))
-    return cka_matrix(*layers, resamples=resamples, clusters=episodes, seed=seed)
-
-
-def answer(result: Probe) -> str:
-    """One sentence: the chosen layer's readout, beside the pixels and beside the features it is compared with."""
+def answer(results: list[Probe], rows: pd.DataFrame) -> str:
+    """The chosen layer's readout of the first target, beside pixels and reference; then what all targets say."""
+    result = results[0]
     readout = result.readouts[result.layer]
     interval = "" if readout.interval is None else f" (95 % {' to '.join(map(plain, readout.interval))})"
     text = (
@@ -97,15 +152,27 @@ def answer(result: Probe) -> str:
         f"{plain(readout.mean)}{interval}"
     )
     text += "" if readout.error_mm != readout.error_mm else f", {readout.error_mm:.0f} mm off on average"
+    compared = {f"raw pixels at {_pixels()} × {_pixels()}": "pixels"}
+    if result.against:
+        compared[f"{_reference(result)} at the same layer"] = _reference(result)
     parts = [
-        _compared(
-            f"raw pixels at {_pixels()} × {_pixels()}", result.differences[f"{result.label} - pixels, {result.layer}"]
-        )
+        _compared(words, result.differences[f"{result.label} - {key}, {result.layer}"])
+        for words, key in compared.items()
     ]
-    for label in result.against:
-        key = f"{result.label} - {label}, {result.layer}"
-        parts.append(_compared(f"{label} at the same layer", result.differences[key]))
-    return f"{text}: {' and '.join(parts)}."
+    return f"{text}: {' and '.join(parts)}.{_overall(results, rows)}"
+
+
+def _overall(results: list[Probe], rows: pd.DataFrame) -> str:
+    """In how many of the targets the checkpoint in question has more or less than the reference, each at its best."""
+    mine = rows[rows["best"] & (rows["name"] == results[0].label)]
+    if len(mine) < 2:
+        return ""
+    told = [
+        f"{word} in {', '.join(found)}"
+        for word in ("gained", "lost", "undetermined")
+        if (found := [target.replace("_", " ") for target in mine.loc[mine["verdict"] == word, "target"]])
+    ]
+    return f" Against {_reference(results[0])}, each at its own best layer: {'; '.join(told)}."
 
 
 def _article(kind: str) -> str:
@@ -126,76 +193,13 @@ def _compared(other: str, difference: Difference) -> str:
     return f"{word} {other} (difference {span(low, high, digits=3)})"
 
 
-def difference_table(result: Probe) -> pd.DataFrame:
-    """Every paired comparison on the same held-out episodes."""
-    import pandas as pd
-
-    rows = [
-        {"comparison": name.replace(" - ", " − "), "difference in R²": signed(value, 3),
-         "95 % interval": None if interval is None else span(*interval, digits=3)}
-        for name, (value, interval, _) in result.differences.items()
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def readout_table(result: Probe) -> pd.DataFrame:
-    """Every readout and baseline: R² with its interval, and the error."""
-    import pandas as pd
-
-    rows = []
-    for row in result.to_frame().to_dict("records"):
-        known = row["low"] == row["low"]
-        rows.append(
-            {
-                "read from": row["name"] if row["kind"] in ("features", "against") else f"{row['name']} (baseline)",
-                "layer": (row["layer"] or "–") + (" ▸" if row["chosen"] and row["kind"] == "features" else ""),
-                "R²": plain(row["r2"], 3),
-                "95 % interval": f"{plain(row['low'], 3)} to {plain(row['high'], 3)}" if known else None,
-                "error, mm": None if row["error_mm"] != row["error_mm"] else f"{row['error_mm']:.1f}",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def figure_words(result: Probe) -> str:
-    """What the probe figure shows, for readers who do not see it."""
-    parts = [
-        f"{row['name']} {row['layer']} {row['r2']:.2f}".replace("  ", " ")
-        for row in result.to_frame().to_dict("records")
-    ]
-    what = WORDS.get(result.target, result.target)
-    return f"{result.score} of {_article(result.kind)} readout of {what}: {'; '.join(parts)}."
-
-
-def similarity_words(result: CkaMatrix) -> str:
-    """What the similarity figure shows, for readers who do not see it."""
-    parts = [f"{row.layer_a} and {row.layer_b} {row.cka:.2f}" for row in result.to_frame().itertuples()]
-    return f"Debiased CKA on {result.n} images: {'; '.join(parts)}."
-
-
-def similarity_table(result: CkaMatrix) -> pd.DataFrame:
-    """Every pair of layers: CKA, its interval, the floor of shuffled images, and the textbook estimate."""
-    import pandas as pd
-
-    rows = []
-    for row in result.to_frame().itertuples():
-        known = row.low == row.low
-        rows.append(
-            {
-                "trained": row.layer_a, "start": row.layer_b, "CKA, debiased": f"{row.cka:.3f}",
-                f"{100 * result.level:g} % interval": f"{row.low:.3f} to {row.high:.3f}" if known else None,
-                "shuffled images, below": f"{row.floor:.3f}", "CKA, textbook": f"{row.biased:.3f}",
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def badges(trained: Features, start: Features, store: EpisodeStore) -> list[str]:
+def badges(found: Opened) -> list[str]:
     """Measured here, on whose weights and on which demonstrations."""
-    return ["measured", *data_badges(store.manifest["source"]), *model_badges(trained.manifest, start.manifest)]
+    manifests = [one.manifest for one in found.features]
+    return ["measured", *data_badges(found.store.manifest["source"]), *model_badges(*manifests)]
 
 
-def numbers(results: list[Probe], alike: CkaMatrix) -> dict[str, Any]:
+def numbers(results: list[Probe], rows: pd.DataFrame) -> dict[str, Any]:
     """What the page rests on, as JSON values."""
     from probes.jsonable import jsonable
 
@@ -203,6 +207,6 @@ def numbers(results: list[Probe], alike: CkaMatrix) -> dict[str, Any]:
         {"target": result.target, **row}
         for result in results for row in result.differences_frame().to_dict("records")
     ]  # fmt: skip
-    tables = {"readouts": frame(results), "similarity": alike.to_frame()}
+    tables = {"readouts": frame(results), "changes": rows}
     return dict(jsonable({"layer": results[0].layer, "target": results[0].target, "differences": differences,
                              **{name: table.to_dict("records") for name, table in tables.items()}}))  # fmt: skip

@@ -10,56 +10,79 @@ from probes.report.views.origins import data_badges, model_badges
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-    from probes.features import Features
     from probes.report.params import RepresentationSimilarityParams
-    from probes.similarity import CkaMatrix
+    from probes.report.views.opened import Opened
 
 
 @dataclass(frozen=True)
 class Alike:
-    """cka: the matrix with intervals and floor. other: `alignments`. neighbours: of them."""
+    """rows: `CkaMatrix.to_frame()`, with the ceiling of each layer of A where there is a twin: ceiling, ceiling_low,
+    ceiling_high. other: `alignments`. neighbours: of them. n, episodes: frames, and of how many episodes. a, b, twin:
+    names of the sources."""
 
-    cka: CkaMatrix
+    rows: pd.DataFrame
     other: pd.DataFrame
     neighbours: int
+    n: int
     episodes: int
+    a: str
+    b: str
+    twin: str
+
+    def same(self) -> pd.DataFrame:
+        """The rows that compare a layer with itself; all, where the two share no layer."""
+        same = self.rows[self.rows["layer_a"] == self.rows["layer_b"]]
+        return same if len(same) else self.rows
 
 
-def open_inputs(params: RepresentationSimilarityParams) -> tuple[Features, Features]:
-    """Both sets of features; of the same frames, or an InputError."""
-    from probes.features import Features
+def open_inputs(params: RepresentationSimilarityParams) -> Opened:
+    """Features of the checkpoint, the reference and the twin, of the same frames, or an InputError."""
+    from probes.report.views.opened import open_all
+    from vlm4vla_core.errors import InputError
 
-    one, other = Features.open(params.a), Features.open(params.b)
-    one.same_images(other)
-    return one, other
+    if len(params.twin) > 1:
+        raise InputError(f"{len(params.twin)} twins", where="twin", fix="give one, or none")
+    sources = (params.checkpoint, params.reference, *params.twin)
+    return open_all(
+        sources, params.data, layers=params.layers, pool=params.pool, frames=params.frames, seed=params.seed
+    )
 
 
-def compare(one: Features, other: Features, params: RepresentationSimilarityParams) -> Alike:
-    """All measures of all pairs of the layers asked for, neighbours and intervals by episode."""
+def compare(found: Opened, params: RepresentationSimilarityParams) -> Alike:
+    """All measures of all pairs of layers, neighbours and intervals by episode."""
     from probes.alignment import alignments
     from probes.similarity import cka_matrix
 
+    one, other, *twin = found.features
     episodes = one.index["episode"].to_numpy()
-    layers = ({name: side.layer(name) for name in params.layers or side.layers} for side in (one, other))
-    a, b = layers
-    cka = cka_matrix(a, b, resamples=params.resamples, clusters=episodes, seed=params.seed)
-    return Alike(cka, alignments(a, b, k=params.neighbours, groups=episodes), params.neighbours, len(set(episodes)))
+    a, b, *c = ({name: side.layer(name) for name in side.layers} for side in found.features)
+    drawn: dict[str, Any] = {"resamples": params.resamples, "clusters": episodes, "seed": params.seed}
+    rows = cka_matrix(a, b, **drawn).to_frame()
+    for ceiling in c:
+        parts = {name: cka_matrix({name: a[name]}, {name: ceiling[name]}, permutations=0, **drawn) for name in a}
+        for column, values in (("ceiling", "value"), ("ceiling_low", "low"), ("ceiling_high", "high")):
+            rows[column] = rows["layer_a"].map({name: getattr(part, values)[0, 0] for name, part in parts.items()})
+    return Alike(
+        rows, alignments(a, b, k=params.neighbours, groups=episodes), params.neighbours, len(one), len(set(episodes)),
+        one.label, other.label, twin[0].label if twin else "",
+    )  # fmt: skip
 
 
-def answer(alike: Alike, one: Features, other: Features) -> str:
-    """One sentence: the last layer that both have, its CKA, and what it must be compared with."""
-    rows = [row for row in alike.cka.to_frame().itertuples() if row.layer_a == row.layer_b] or list(
-        alike.cka.to_frame().itertuples()
-    )
+def answer(alike: Alike) -> str:
+    """One sentence: the first and last layer that both have, their CKA, and what it must be compared with."""
+    rows = list(alike.same().itertuples())
     first, last = rows[0], rows[-1]
     told = [
         f"{plain(row.cka)}{_interval(row)} in {row.layer_a}" for row in ([first, last] if first != last else [last])
     ]
     below = [row.layer_a for row in rows if not row.cka > row.floor]
     ends = f"; not above shuffled images in {', '.join(below)}" if below else "; above what shuffled images give"
+    if alike.twin:
+        ends += f"; {alike.twin}, another seed of {alike.a}, has {plain(last.ceiling)} in {last.layer_a}"
     return (
-        f"On {alike.cka.n} frames of {alike.episodes} episodes the representations of {one.label} and {other.label} "
+        f"On {alike.n} frames of {alike.episodes} episodes the representations of {alike.a} and {alike.b} "
         f"have a debiased CKA of {' and '.join(told)}{ends}."
     )
 
@@ -68,27 +91,46 @@ def _interval(row: Any) -> str:
     return f" (95 % {plain(row.low)} to {plain(row.high)})" if row.low == row.low else ""
 
 
-def figure_words(alike: Alike, one: Features, other: Features) -> str:
+def figure(alike: Alike) -> Figure:
+    """The matrix, and layer by layer beside ceiling and floor."""
+    from probes.figures_probe import similarity_figure
+
+    return similarity_figure(alike.rows, label_a=alike.a, label_b=alike.b, twin=alike.twin)
+
+
+def figure_words(alike: Alike) -> str:
     """What the figure shows, for readers who do not see it."""
-    parts = [f"{row.layer_a} and {row.layer_b} {row.cka:.2f}" for row in alike.cka.to_frame().itertuples()]
-    return f"Debiased CKA of {one.label} and {other.label}: {'; '.join(parts)}."
+    parts = [f"{row.layer_a} and {row.layer_b} {row.cka:.2f}" for row in alike.rows.itertuples()]
+    return f"Debiased CKA of {alike.a} and {alike.b}: {'; '.join(parts)}."
 
 
-def cka_table(alike: Alike) -> pd.DataFrame:
-    """Every pair of layers: CKA, its interval, the floor of shuffled images, and the textbook estimate."""
+def layer_table(alike: Alike) -> pd.DataFrame:
+    """Every layer with itself: CKA with its interval, the ceiling of another seed, the floor, the textbook estimate."""
     import pandas as pd
 
     rows = []
-    for row in alike.cka.to_frame().itertuples():
-        known = row.low == row.low
-        rows.append(
-            {
-                "A": row.layer_a, "B": row.layer_b, "CKA, debiased": f"{row.cka:.3f}",
-                "95 % interval": f"{row.low:.3f} to {row.high:.3f}" if known else None,
-                "shuffled images, below": f"{row.floor:.3f}", "CKA, textbook": f"{row.biased:.3f}",
-            }
-        )  # fmt: skip
+    for row in alike.same().itertuples():
+        line = {"A": row.layer_a, "B": row.layer_b, "CKA, debiased": f"{row.cka:.3f}"}
+        line["95 % interval"] = f"{row.low:.3f} to {row.high:.3f}" if row.low == row.low else "–"
+        if alike.twin:
+            known = row.ceiling_low == row.ceiling_low
+            ends = f" ({row.ceiling_low:.3f} to {row.ceiling_high:.3f})" if known else ""
+            line["another seed"] = f"{row.ceiling:.3f}{ends}"
+        rows.append({**line, "shuffled images, below": f"{row.floor:.3f}", "CKA, textbook": f"{row.biased:.3f}"})
     return pd.DataFrame(rows)
+
+
+def layer_caption(alike: Alike) -> str:
+    """What stands beside the values."""
+    twin = f"another seed: {alike.a} with {alike.twin}, trained alike from another seed; " if alike.twin else ""
+    return f"A: {alike.a}, B: {alike.b}; {twin}shuffled images: 95 % of orders lie below."
+
+
+def cka_table(alike: Alike) -> pd.DataFrame:
+    """Debiased CKA, layers of A down and layers of B across."""
+    table = alike.rows.pivot(index="layer_a", columns="layer_b", values="cka")
+    table = table.loc[list(dict.fromkeys(alike.rows["layer_a"])), list(dict.fromkeys(alike.rows["layer_b"]))]
+    return table.rename_axis(index="A | B", columns=None).reset_index()
 
 
 def other_table(alike: Alike) -> pd.DataFrame:
@@ -101,15 +143,15 @@ def other_table(alike: Alike) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def badges(one: Features, other: Features) -> list[str]:
+def badges(found: Opened) -> list[str]:
     """Measured here, on whose weights and on which demonstrations."""
-    sources = one.manifest.get("origin", {}).get("data", [])
-    return ["measured", *data_badges(*sources), *model_badges(one.manifest, other.manifest)]
+    manifests = [one.manifest for one in found.features]
+    return ["measured", *data_badges(found.store.manifest["source"]), *model_badges(*manifests)]
 
 
 def numbers(alike: Alike) -> dict[str, Any]:
     """What the page rests on, as JSON values."""
     from probes.jsonable import jsonable
 
-    tables = {"cka": alike.cka.to_frame(), "other": alike.other}
+    tables = {"cka": alike.rows, "other": alike.other}
     return dict(jsonable({name: table.to_dict("records") for name, table in tables.items()}))
