@@ -60,9 +60,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=["pretrained", "scratch"], default=["pretrained", "scratch"])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--demos", type=int, default=3000)
+    parser.add_argument("--demos", type=int, default=12_000)
     parser.add_argument("--backbone", default="", help="another VLM than the preset's")
-    parser.add_argument("--runs", type=Path, default=Path("runs/nano/vla"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/nano/policies"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     verb("record", "tabletop", "--tasks", *TASKS, "--episodes", str(given.demos), "--out", given.runs / "demos")
@@ -79,7 +79,8 @@ def main() -> None:
             "command": " ".join(sys.argv), "date": datetime.date.today().isoformat(), "made_by": folders.provenance(),
             "hardware": "one thread of a two-core machine shared with other jobs; CPU time",
         }  # fmt: skip
-        folders.write_json(given.json, {**about, "episodes_per_task": given.episodes, "arms": rows})
+        about |= {"demonstrations": given.demos, "episodes_per_task": given.episodes}
+        folders.write_json(given.json, {**about, "arms": rows})
 
 
 if __name__ == "__main__":

@@ -201,7 +201,8 @@ def test_fine_tuning_the_default_reaches_what_the_page_says(tmp_path):
     arm = next(row for row in stored["arms"] if row["arm"] == "pretrained")
     demos, run, scores = tmp_path / "demos", tmp_path / "run", tmp_path / "scores.json"
     tasks = ["touch", "push", "pick", "put"]
-    assert main(["record", "tabletop", "--tasks", *tasks, "--episodes", "3000", "--out", str(demos)]) == 0
+    recorded = ["--episodes", str(stored["demonstrations"]), "--out", str(demos)]
+    assert main(["record", "tabletop", "--tasks", *tasks, *recorded]) == 0
     steps = ["--max-steps", str(arm["steps"]), "--seed", str(arm["seed"])]
     assert main(["train", "nano", "--data", str(demos), "--out", str(run), *steps]) == 0
     rolled = ["evaluate", str(run), "--benchmark", "tabletop-tasks-abc@1", "--tasks", *tasks, "--episodes", "100"]
