@@ -358,14 +358,15 @@ def representations_figure(scores: pd.DataFrame, alike: pd.DataFrame) -> Figure:
                 continue
             x, colour, filled = place + aside + 0.1 * (number - len(models) / 2), colours.get(name, INK), kind != "own"
             value, below = rows["score"].clip(lower=low + 0.02), (rows["score"] < low + 0.02).to_numpy()
-            label = {"base": "base, its own readout"}.get(name, f"{name}, the base's readout") if filled else None
+            own_label = "base, its own readout" if name == "base" else f"{name}, the base's readout"
             right.vlines(x, rows["low"].clip(lower=low), rows["high"].clip(lower=low), color=colour, linewidth=0.7)
             if filled:
                 right.plot(x, value, color=colour, linewidth=0.8, alpha=0.6)
             face = colour if filled else "white"
             right.plot(x[~below], value[~below], "o", color=colour, markersize=3.5, markerfacecolor=face)
             right.plot(x[below], value[below], "v", color=colour, markersize=3.5, markerfacecolor=face)
-            right.plot([], [], "o-", color=colour, markersize=3.5, label=label)
+            if filled:
+                right.plot([], [], "o-", color=colour, markersize=3.5, label=own_label)
     right.plot(
         [], [], "o", color=MUTED, markerfacecolor="white", markersize=3.5, label="open: own readout; triangle: below"
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +50,6 @@ class Weights:
         """One tensor, mapped from its file."""
         file, inside = self.names[name]
         return self.handles[file].get_tensor(inside)
-
-    def size(self, name: str) -> int:
-        """How many values a tensor has; nothing is read."""
-        file, inside = self.names[name]
-        return prod(self.handles[file].get_slice(inside).get_shape())
 
     def group_of(self, name: str) -> str:
         """The module group of a parameter: by the family, or by the first numbered part of its name."""

@@ -52,12 +52,10 @@ def source_of(store: EpisodeStore | QuestionFile) -> str:
 def weights(args: Args, paths: Trajectories | None) -> tuple[WeightDivergence, pd.DataFrame, str]:
     """The comparison, its table with the ceilings of both arms, and where these come from."""
     from probes.divergence import weight_divergence
-    from probes.weights import open_three
+    from probes.verbs.shared import short_name
     from vlm4vla_core.progress import progress
 
-    with open_three(args.base, args.vlm, args.vla) as three:
-        total = sum(three.sides[0].size(name) for name in three.names)
-    with progress(total=total, what="weights", unit="parameter") as bar:
+    with progress(what="weights", unit="parameter") as bar:
         found = weight_divergence(args.base, args.vlm, args.vla, progress=bar.update)
     frame = found.to_frame()
     known = paths.same_arm() if paths else None
@@ -67,7 +65,7 @@ def weights(args: Args, paths: Trajectories | None) -> tuple[WeightDivergence, p
         source = "seeds of the recorded paths"
         if twin:
             other = weight_divergence(args.base, path, twin).to_frame()
-            ceiling, source = other.set_index("group")["cosine"], str(twin)
+            ceiling, source = other.set_index("group")["cosine"], short_name(twin)
         frame[f"ceiling_{side}"] = float("nan") if ceiling is None else frame["group"].map(ceiling)
         missing = ceiling is None or not frame[f"ceiling_{side}"].notna().any()
         told.append(f"{side.upper()}: {'missing, a single seed' if missing else source}")
