@@ -85,6 +85,7 @@ report: $(STAMP)
 	$(VLM) diverge --base $(START) --vlm $(WALK)/vlm --vla $(WALK)/vla \
 		--vlm-data $(WALK)/demos --vla-data $(WALK)/demos --out $(WALK)/divergence
 	$(VLM) correlate --json $(WALK)/correlate.json --plot $(WALK)/correlate.png
+	$(VLM) study run studies/nano.toml
 	$(VLM) report all --out reports
 
 # The nano VLMs of data/nano from nothing: scenes, three stages each, tabletop-vqa@1, shipping; resumable.

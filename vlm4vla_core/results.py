@@ -41,10 +41,10 @@ class Interval(NamedTuple):
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of a proportion (Wilson 1927). Raises ValueError unless 0 <= successes <= n, n > 0."""
-    from scipy.stats import norm
+    from statistics import NormalDist  # scipy's import would be half of what a verb takes that has nothing to do
 
     _check_counts(successes, n)
-    z = float(norm.ppf(0.5 + level / 2))
+    z = NormalDist().inv_cdf(0.5 + level / 2)
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -54,8 +54,10 @@ def study_fingerprint(path: Path) -> str:
 
 
 def study_folder(name: str) -> Path:
-    """Where `vlm4vla study run` puts a study unless told otherwise."""
-    return Path("runs/studies") / name
+    """Where `vlm4vla study run` puts a study unless told otherwise; of the project's own folder where it is not here."""
+    own = folders.project_root() / "runs/studies" / name
+    here = Path("runs/studies") / name
+    return here if here.exists() or not own.exists() else own
 
 
 StudyPath = Annotated[Path, StudyInput(), Field(description="a study's TOML file, its folder, or a bundle of its rows")]

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from vlm4vla_core.errors import InputError
+from vlm4vla_core.folders import project_root
 from vlm4vla_core.study import expand, read_study
 from vlm4vla_core.study import run as running
 from vlm4vla_core.study.bundle import EPISODES, NUMBERS, PLAN, export, numbers, open_bundle, retrain, verify
@@ -569,3 +570,38 @@ def test_a_failing_verb_is_told_with_its_own_words(tmp_path, capsys):
     shutil.rmtree(store)
     assert verb(Args("run", write(tmp_path, text), out=tmp_path / "out2")) == 1
     assert "there is no store" in capsys.readouterr().out
+
+
+# --- what ships
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (project_root() / "studies").glob("[!_]*.toml")))
+def test_every_study_that_ships_expands_and_its_arms_are_compared_with_arms_of_the_same_benchmarks(name):
+    plan = expand(read_study(project_root() / "studies" / name))
+    assert plan.cells
+    arms = {arm.name: arm for arm in plan.study.arm}
+    where = {(cell.arm, cell.backbone, cell.protocol) for cell in plan.cells}
+    for cell in plan.cells:
+        if other := arms[cell.arm].against:
+            assert (other, cell.backbone, cell.protocol) in where
+
+
+def test_the_miniature_asks_all_questions_of_enough_models_and_no_policy_costs_more_than_minutes():
+    plan = expand(read_study(project_root() / "studies/nano_full.toml"))
+    axes = {axis for arm in plan.study.arm for axis in arm.axis}
+    assert axes == {"capability", "auxiliary", "freezing", "scratch", "injection", "divergence", "heads"}
+    capability = {arm.name for arm in plan.study.arm if "capability" in arm.axis}
+    vlms = {(cell.backbone, cell.trainings[:-1]) for cell in plan.cells if cell.arm in capability}
+    assert len(vlms) >= 30 and len({cell.protocol for cell in plan.cells}) == 3
+    seeds = {cell.name.rpartition("/")[0]: set() for cell in plan.cells}
+    for cell in plan.cells:
+        seeds[cell.name.rpartition("/")[0]].add(cell.seed)
+    assert min(map(len, seeds.values())) >= 3
+    price = costs(plan)
+    plain = [cell for cell in plan.cells if cell.arm == "full" and cell.backbone == "paligemma-s"]
+    assert max(price[cell.trainings[-1]].seconds("cpu-core") for cell in plain) < 250
+    small = expand(read_study(project_root() / "studies/nano.toml"))
+    assert set(small.jobs) == set(plan.jobs)
+    assert {cell.name for cell in small.cells} >= set(small.study.live) and len(small.study.live) <= 3
+    todo = look(small, Path("nowhere")).of("ready", "waiting")  # a store, and training and rollouts of the live cells
+    assert sorted(small.jobs[one].kind for one in todo) == ["evaluate"] * 2 + ["record"] + ["train"] * 2
