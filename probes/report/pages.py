@@ -36,6 +36,11 @@ BADGES: dict[str, tuple[str, str]] = {
         "A small model that started from random weights stands in for a pretrained VLM: the pipeline is real, "
         "the result says nothing about any published model.",
     ),
+    "nano": (
+        "nano VLM",
+        "A VLM of less than 5 million parameters, pretrained here on the built-in world, in place of a published one; "
+        "the result says nothing about any of those.",
+    ),
     "scripted": ("scripted data", "Demonstrations by a scripted expert in the built-in tabletop world."),
     "built-in": ("built-in world", "The project's own small tabletop simulator; not one of the published benchmarks."),
     "given": ("given table", "Read from a table that was handed in; its origin is what that table says."),

@@ -278,6 +278,7 @@ def test_a_checkpoint_alone_is_probed_without_a_reference(tmp_path, monkeypatch)
 
 def test_where_the_weights_come_from_is_told_or_said_to_be_missing():
     assert feature_probe.model_badges({"origin": {"model": "tiny x"}}, {"origin": {"model": "Qwen"}}) == ["tiny-random"]
+    assert feature_probe.model_badges({"origin": {"model": "nano paligemma s"}}) == ["nano"]
     assert feature_probe.model_badges({"origin": {"model": "Qwen"}}) == []
     assert feature_probe.model_badges({}) == ["unstated: model"]
     assert feature_probe.data_badges("tabletop") == ["scripted"]

@@ -9,7 +9,8 @@ from typing import Any
 def model_badges(*manifests: Mapping[str, Any]) -> list[str]:
     """Where the weights behind these products come from: `origin.model` of their manifests."""
     models = [manifest.get("origin", {}).get("model", "") for manifest in manifests]
-    found = ["tiny-random"] if any(str(model).startswith("tiny ") for model in models) else []
+    kinds = {"tiny ": "tiny-random", "nano ": "nano"}
+    found = [badge for start, badge in kinds.items() if any(str(model).startswith(start) for model in models)]
     return found + (["unstated: model"] if not all(models) else [])
 
 
