@@ -96,17 +96,17 @@ def test_the_notebook_on_three_checkpoints(tmp_path: Path, monkeypatch: pytest.M
     """VLM training grew every weight by a tenth; VLA training shrank the vision tower by a twentieth."""
     blob_store(tmp_path / "store", episodes=6, length=4)
     config = PolicyConfig(2, TABLETOP, (-0.05,) * 6 + (0.0,), (0.05,) * 6 + (1.0,), "front", width=8)
-    for name in ("base", "vlm", "vla"):
+    for name in ("base", "vlm", "vlm-twin", "vla"):
         policy = VLAPolicy(tiny("paligemma", image_size=SIZE), config)
         with torch.no_grad():
             for path, weight in policy.backbone.base.named_parameters() if name != "base" else ():
-                weight.mul_(1.1 if name == "vlm" else 0.95 if "vision" in path else 1.0)
+                weight.mul_(1.1 if "vlm" in name else 0.95 if "vision" in path else 1.0)
         policy.save(tmp_path / name)
     paths = {name: str(tmp_path / name) for name in ("base", "vlm", "vla")}
     results = play(
-        "training_divergence", tmp_path / "out", monkeypatch, base=paths["base"], vlm=[paths["vlm"]] * 2,
-        vla=[paths["vla"]], trajectories=[], data=str(tmp_path / "store"), layers=["vision.0", "projector"], frames=0,
-        batches=2, groups=["vision", "projector"],
+        "training_divergence", tmp_path / "out", monkeypatch, base=paths["base"],
+        vlm=[paths["vlm"], f"{paths['vlm']}-twin"], vla=[paths["vla"]], trajectories=[], data=str(tmp_path / "store"),
+        layers=["vision.0", "projector"], frames=0, batches=2, groups=["vision", "projector"],
     )  # fmt: skip
     numbers = results["numbers"]
     moved = {row["group"]: row for row in numbers["weights"]}
@@ -115,7 +115,7 @@ def test_the_notebook_on_three_checkpoints(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_allclose(known, 0.1, rtol=1e-4)
     assert moved["vision.0"]["cosine"] == pytest.approx(-1) and moved["vision.0"]["ceiling_a"] == pytest.approx(1)
     assert moved["decoder.0"]["cosine"] is None and moved["vision.0"]["ceiling_c"] is None
-    assert numbers["ceilings"] == "A: vlm; C: missing, a single seed"
+    assert numbers["ceilings"] == "A: vlm-twin; C: missing, a single seed"
     alike = {(row["a"], row["b"], row["layer"]): row["cka"] for row in numbers["cka"]}
     assert alike["A", "A, other seed", "projector"] == pytest.approx(1) and ("A", "C", "vision.0") in alike
     assert "when the arms part was not measured" in results["answer"]
