@@ -30,7 +30,7 @@ data = "data/nano_arms/probes"
 layers = ["vision.0..-1", "projector", "decoder.0..-1"]
 targets = ["gripper_xyz", "object_xy", "next_action", "task_progress", "grasp"]
 readout = "linear"
-frames = 0
+frames = 480
 seed = 0
 
 # %%
