@@ -186,8 +186,8 @@ def _contrast(study: StudyTables, arm: dict[str, Any], backbone: str, protocol: 
     means = {policy.name: policy for policy in result.policies}
     return replace(
         known, metric=result.metric, value=means[name].mean, base=means[other].mean, difference=one.difference,
-        interval=tuple(one.interval) if one.interval else None,
-        training=tuple(one.training) if one.training else None,
+        interval=(one.interval.low, one.interval.high) if one.interval else None,
+        training=(one.training.low, one.training.high) if one.training else None,
         seeds=(len(means[name].by_seed), len(means[other].by_seed)), episodes=one.n, p=one.p,
     )  # fmt: skip
 

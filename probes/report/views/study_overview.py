@@ -48,7 +48,8 @@ def coverage(study: StudyTables) -> pd.DataFrame:
             "axis": axis, "question": words, "arms": len(arms), "cells": len(cells), "run here": done, "shipped": ships,
             "not run": len(cells) - done - ships, "training hours": round(seconds / 3600, 2), "page": _PAGES[axis],
         })  # fmt: skip
-    return pd.DataFrame([row for row in rows if row["arms"]])
+    columns = list(rows[0])
+    return pd.DataFrame([row for row in rows if row["arms"]], columns=columns)
 
 
 def every(study: StudyTables, *, level: float = 0.95) -> dict[str, list[ArmContrast]]:
