@@ -38,7 +38,9 @@ def cluster():
     pytest.importorskip("ray", reason="needs Ray: pip install 'vlm4vla[cluster]'")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8, "include_dashboard": False}
+    )
     nodes = [made.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(2)]
     made.wait_for_nodes(timeout=60)
     yield made, nodes
