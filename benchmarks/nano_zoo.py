@@ -52,7 +52,7 @@ def sheet(path: Path, number: int = 30) -> None:
     from vlm4vla_core.vqa.benchmark import normalised
 
     backbone = load_backbone(DEFAULT)
-    figure, axes = plt.subplots(2, len(SHOWN), figsize=(3 * len(SHOWN), 7.4))
+    figure, axes = plt.subplots(2, len(SHOWN), figsize=(3 * len(SHOWN), 8), layout="constrained")
     for column, kind in enumerate(SHOWN):
         items = [item(kind, index) for index in range(number)]
         said, pictures = answer(backbone, show(items), [one.question for one in items], max_tokens=12), show(items)
@@ -61,6 +61,7 @@ def sheet(path: Path, number: int = 30) -> None:
             axis = axes[line, column]
             axis.axis("off")
             if not (right == wanted).any():
+                axis.text(0.5, 0.5, f"none of {number}", ha="center", color="gray")
                 continue
             index = int(np.flatnonzero(right == wanted)[0])
             axis.imshow(pictures[index])
@@ -69,7 +70,6 @@ def sheet(path: Path, number: int = 30) -> None:
             colour = "darkgreen" if wanted else "firebrick"
             axis.set_title(f"{textwrap.fill(question, 30)}\n{said[index]}{truth}", fontsize=9, color=colour)
     figure.suptitle("First right (above) and wrong (below) answers of the default nano VLM on held-out scenes")
-    figure.tight_layout()
     figure.savefig(path, dpi=70)
 
 
