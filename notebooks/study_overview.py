@@ -14,7 +14,7 @@
 # ---
 
 # %% [markdown]
-# # The whole study at a glance: what was asked, what was run, what it shows
+# # What did the study ask, how much of it was run, and what does it show?
 #
 # A study is one file: backbones x arms x training seeds x benchmarks. Cells that were run on this machine are
 # told from those whose rows ship with the project, and both from what was not run. A difference counts only where
