@@ -60,7 +60,7 @@ def study_folder(name: str) -> Path:
     return here if here.exists() or not own.exists() else own
 
 
-StudyPath = Annotated[Path, StudyInput(), Field(description="a study's TOML file, its folder, or a bundle of its rows")]
+StudyPath = Annotated[Path, StudyInput(), Field(description="a study's TOML file, its folder, or a bundle")]
 
 
 def _fingerprints(params: Any) -> dict[str, str]:

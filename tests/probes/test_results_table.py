@@ -1,4 +1,4 @@
-"""Results tables for papers: values and intervals against closed forms, and markup that survives what is in the cells."""
+"""Results tables for papers: values and intervals against closed forms, and markup that survives what cells hold."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_markup_survives_what_names_hold():
     assert len(re.split(r"(?<!\\)\|", line)) == 4
 
     class Cells(HTMLParser):
-        texts: list[str] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.texts: list[str] = []
 
         def handle_data(self, data: str) -> None:
             self.texts.append(data)

@@ -1,4 +1,4 @@
-"""Pages of a study: planted effects are told apart, others are not, an unlearnt stage tests nothing, and gaps are said."""
+"""Pages of a study: planted effects are told apart, others not; an unlearnt stage tests nothing; gaps are said."""
 
 from __future__ import annotations
 
