@@ -54,7 +54,7 @@ def study_fingerprint(path: Path) -> str:
 
 
 def study_folder(name: str) -> Path:
-    """Where `vlm4vla study run` puts a study unless told otherwise; of the project's own folder where it is not here."""
+    """`runs/studies/NAME`, where `vlm4vla study run` puts a study; the project's own where there is none here."""
     own = folders.project_root() / "runs/studies" / name
     here = Path("runs/studies") / name
     return here if here.exists() or not own.exists() else own
