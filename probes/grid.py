@@ -23,6 +23,7 @@ ALPHAS = 10.0 ** np.linspace(-5, 4, 19)
 LOGISTIC = 10.0 ** np.linspace(1, -4, 6)  # strengths of the logistic readout, from strong to weak
 _LARGE = 4e10  # multiplications above which products are float32
 _ROWS = 2048
+_FLOOR = 0.1
 _SIDE = 16_384  # of the largest matrix that is decomposed
 _STEPS = 100  # of L-BFGS for each strength
 
@@ -47,7 +48,7 @@ class Fitted(NamedTuple):
 def ridge_grid(x: np.ndarray, labels: np.ndarray, parts: Parts, alphas: np.ndarray = ALPHAS) -> Fitted:
     """Ridge readouts of labels (n, C, k) from x (n, d), predicted (m, C, k).
 
-    Minimises |y - xw|² + alpha n |w|² on columns scaled to unit variance over the fitted frames, intercept free. Raises
+    Minimises |y - xw|² + alpha n |w|² on columns scaled by `scaling` over the fitted frames, intercept free. Raises
     InputError where both frames and columns are more than can be decomposed.
     """
     n, d = len(parts.fit) + len(parts.select), x.shape[1]
@@ -59,7 +60,11 @@ def ridge_grid(x: np.ndarray, labels: np.ndarray, parts: Parts, alphas: np.ndarr
 
 
 def scaling(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column over some rows, infinite where it is constant, in float64."""
+    """Mean and scale of each column over some rows, in float64: its standard deviation, infinite where it is constant.
+
+    No scale is below `_FLOOR` of the columns' root mean square: a pixel that hardly varied over the fitted frames and
+    then shows an object would otherwise be hundreds of deviations away, and the readout with it.
+    """
     total, squares, largest = np.zeros(x.shape[1]), np.zeros(x.shape[1]), 0.0
     for part in _blocks(rows):
         total += x[part].sum(0, dtype=np.float64)
@@ -68,7 +73,9 @@ def scaling(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for part in _blocks(rows):
         squares += np.square(x[part] - mean).sum(0)
     sd = np.sqrt(squares / len(rows))
-    return mean, np.where(sd > 1e-9 * largest, sd, np.inf)  # a constant column says nothing
+    constant = sd <= 1e-9 * largest  # says nothing
+    floor = _FLOOR * np.sqrt(np.square(sd).sum() / max(1, np.count_nonzero(~constant)))
+    return mean, np.where(constant, np.inf, np.maximum(sd, floor))
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from probes import grid
 from probes.control import control_labels, types_of
 from probes.dense import most_common
-from probes.grid import ALPHAS, LOGISTIC, Parts, logistic_grid, ridge_grid, ridge_path
+from probes.grid import ALPHAS, LOGISTIC, Parts, logistic_grid, ridge_grid, ridge_path, scaling
 from probes.learned import GRID, train
 from probes.readout import Readout, _accuracy_interval, compare_probes, read_out, split
 from probes.targets import cells, target_of
@@ -45,7 +45,8 @@ def test_grid_equals_one_fit_for_every_strength(n: int, d: int) -> None:
     assert list(got.best) == list(scores.argmax(0))
     both = np.concatenate(parts[:2])
     sd = x[parts.fit].std(0)
-    z = np.delete((x - x[parts.fit].mean(0)) / np.where(sd > 0, sd, 1), 3, axis=1)
+    sd = np.maximum(sd, 0.1 * np.sqrt(np.square(sd).sum() / (d - 1)))  # the floor; column 3 is constant
+    z = np.delete((x - x[parts.fit].mean(0)) / sd, 3, axis=1)
     for i, best in enumerate(got.best):
         alpha, yb = ALPHAS[best] * len(both), labels[both, i]
         zc = z[both] - z[both].mean(0)
@@ -53,6 +54,15 @@ def test_grid_equals_one_fit_for_every_strength(n: int, d: int) -> None:
         w = np.linalg.lstsq(stacked, np.vstack([yb - yb.mean(0), np.zeros((zc.shape[1], 2))]), rcond=None)[0]
         wanted = (z[parts.test] - z[both].mean(0)) @ w + yb.mean(0)
         np.testing.assert_allclose(got.predicted[:, i], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_column_that_hardly_varied_is_not_blown_up() -> None:
+    """Columns of deviation 3, 4 and 0.001 and a constant one: the smallest scale is a tenth of sqrt((9 + 16) / 3)."""
+    signs = np.tile([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]], (50, 1))
+    x = np.hstack([signs * [3.0, 4.0, 0.001] + 2.0, np.full((200, 1), 7.0)])
+    mean, scale = scaling(x, np.arange(200))
+    np.testing.assert_allclose(mean, [2.0, 2.0, 2.0, 7.0])
+    np.testing.assert_allclose(scale, [3.0, 4.0, 0.1 * np.sqrt(25 / 3), np.inf], rtol=1e-6)
 
 
 def test_float32_products_change_the_score_by_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ def episodes_of(count: int, length: int) -> np.ndarray:
 def test_ridge_equals_least_squares_with_added_rows(n: int, d: int, alpha: float) -> None:
     rng = np.random.default_rng(n)
     x, x_new, y = 5 + rng.normal(size=(n, d)) * np.arange(1, d + 1), rng.normal(size=(7, d)), rng.normal(size=(n, 2))
-    z, z_new = (x - x.mean(0)) / x.std(0), (x_new - x.mean(0)) / x.std(0)
+    scale = np.maximum(x.std(0), 0.1 * np.sqrt(x.var(0).mean()))  # the smallest scales have a floor
+    z, z_new = (x - x.mean(0)) / scale, (x_new - x.mean(0)) / scale
     stacked = np.vstack([z, np.sqrt(alpha * n) * np.eye(d)])
     weights = np.linalg.lstsq(stacked, np.vstack([y - y.mean(0), np.zeros((d, 2))]), rcond=None)[0]
     got = ridge_path(x, y, x_new, np.array([9.0, alpha]))
