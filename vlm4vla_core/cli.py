@@ -107,8 +107,8 @@ def _run(argv: list[str] | None) -> int:
 def _call(verb: str, words: list[str]) -> int:
     import tyro
 
-    # Small models lose time to many threads; a user's own setting stands.
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
+    if verb != "report":  # whose kernels run side by side, on one thread each; a user's own setting stands everywhere
+        os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 8)))
     module = importlib.import_module(VERBS[verb][0])
     try:
         args = tyro.cli(module.Args, args=words, prog=f"vlm4vla {verb}", description=module.__doc__)
