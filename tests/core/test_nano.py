@@ -121,7 +121,7 @@ def test_shipping_halves_the_weights_and_completes_the_card(small, tmp_path):
     small.save(tmp_path / "run")
     ship(tmp_path / "run", tmp_path / "out", {"name": "x"})
     card, stored = read_json(tmp_path / "out" / CARD), load_file(tmp_path / "out" / WEIGHTS)
-    assert card["family"] == "paligemma" and card["size"] == "s" and card["parameters"] == 565_920
+    assert card["family"] == "paligemma" and card["size"] == "s" and card["parameters"] == 566_784
     assert {value.dtype for value in stored.values()} == {torch.float16}
     loaded = load_backbone(tmp_path / "out")
     assert loaded.base.dtype == torch.float32
