@@ -116,7 +116,7 @@ def test_all_runs_what_ships_and_tells_of_each_missing_input(here, capsys, monke
     assert main(["report", "all", "-f", "sections.yaml", "--out", "out", "--jobs", "1"]) == 2
     told = capsys.readouterr()
     shipped = ("attribution", "benchmark_power", "feature_probe", "representation_similarity", "training_divergence")
-    assert ran == {**dict.fromkeys(shipped, {}), "capability_vs_performance": {"seed": 5}}
+    assert ran == {**{name: {} for name in shipped}, "capability_vs_performance": {"seed": 5}}
     assert sorted(told.out.splitlines()) == sorted(f"{name} done" for name in ran)
     for name in set(notebook_names()) - set(ran):
         assert f"vlm4vla report: {name}: no such" in told.err or f"vlm4vla report: {name}: nothing matches" in told.err
