@@ -51,7 +51,7 @@ def open_inputs(params: TrainingDivergenceParams) -> Divergence:
                 params.base, params.vlm[0], params.vla[0], out, vlm_twin=vlm[1], vla_twin=vla[1], vla_data=params.data,
                 trajectory=params.trajectories, batches=params.batches, batch_size=BATCH, pilots=2,
                 interfere=min(params.batches, 4), features=True, layers=tuple(params.layers),
-                pool="grid" if spatial else "mean", target="depth" if store.manifest.get("depth") else placed,
+                pool="grid" if spatial else "mean", target=placed,
                 max_frames=params.frames or None, interpolate=POINTS, seed=params.seed,
             )
         )  # fmt: skip
