@@ -10,7 +10,8 @@ Trap: two files of one model need not use the same names; a comparison by raw na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,8 @@ class Three:
 
 @contextmanager
 def open_three(base: Path | str, a: Path | str, c: Path | str) -> Iterator[Three]:
-    """Open three checkpoints and match their parameters by name. Raises InputError for different families, and for
-    checkpoints without a common parameter."""
+    """Open three checkpoints and match their parameters by name. Raises InputError for different families, for
+    different numbers of layers, and for checkpoints without a common parameter."""
     with ExitStack() as stack:
         paths, where = [Path(path) for path in (base, a, c)], f"{base}, {a}, {c}"
         known = next((found for path in paths if (found := family_at(path))), None)
@@ -124,6 +125,7 @@ def open_three(base: Path | str, a: Path | str, c: Path | str) -> Iterator[Three
         families = sorted({side.family.name for side in sides if side.family})
         if len(families) > 1:
             raise InputError(f"checkpoints of different families: {', '.join(families)}", where=where)
+        _same_depth(sides, where)
         every = list(dict.fromkeys(name for side in sides for name in side.names))
         excluded = tuple(name for name in every if any(name in side.excluded for side in sides))
         names, unmatched = [], []
@@ -138,6 +140,17 @@ def open_three(base: Path | str, a: Path | str, c: Path | str) -> Iterator[Three
             fix = "compare one model family"
             raise InputError("the three checkpoints have no parameter in common", where=where, fix=fix)
         yield Three(sides, tuple(names), tuple(unmatched), excluded)
+
+
+def _same_depth(sides: Sequence[Weights], where: str) -> None:
+    """Refuse a tower or a decoder of other depths; a part that is missing as a whole is merely unmatched."""
+    for part in ("vision", "decoder"):
+        layers = [{group for group in map(side.group_of, side.names) if re.fullmatch(rf"{part}\.\d+", group)}
+                  for side in sides]  # fmt: skip
+        depths = [len(found) for found in layers]
+        if len(set(depths) - {0}) > 1:
+            what = f"{part} layers: {depths[0]} in base, {depths[1]} in A, {depths[2]} in C"
+            raise InputError(what, where=where, fix="compare checkpoints of one architecture")
 
 
 def weight_files(path: Path) -> list[Path]:

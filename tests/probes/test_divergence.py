@@ -452,3 +452,12 @@ def test_heads_of_the_dense_objective_are_no_part_of_what_is_compared(tmp_path: 
     with open_weights(tmp_path / "model.safetensors") as weights:
         assert set(weights.excluded) == {"dense.heads.presence.weight", "query"}
         assert set(weights.names) - weights.excluded == {"layer.weight", "denser.weight"}
+
+
+def test_another_number_of_layers_is_another_architecture(tmp_path):
+    from vlm4vla_core.nano import nano
+
+    for size in ("s", "m"):
+        nano("paligemma", size).save(tmp_path / size)
+    with pytest.raises(InputError, match="vision layers: 2 in base, 3 in A, 2 in C"):
+        weight_divergence(tmp_path / "s", tmp_path / "m", tmp_path / "s")
