@@ -11,7 +11,7 @@ from vlm4vla_core import folders
 from vlm4vla_core.actions import LIBERO
 from vlm4vla_core.cli import main
 from vlm4vla_core.errors import InputError
-from vlm4vla_core.sims import benchmark, coverage, simulator, simulators
+from vlm4vla_core.sims import benchmark, coverage, libero, simulator, simulators
 from vlm4vla_core.sims.libero import PROTOCOLS, assets
 
 # OpenVLA's and VLM4VLA's public evaluation code: tasks and steps of each suite, 50 initial states, 10 waiting steps.
@@ -85,6 +85,16 @@ def test_what_is_missing_is_one_line_with_what_to_do(bare: Path, capsys: pytest.
     assert not list(bare.iterdir())
 
 
+renderer = libero.renderer  # `bare` puts another in its place
+
+
+def test_a_renderer_that_is_not_there_is_named(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "glfw")  # wants a display
+    monkeypatch.setattr(libero, "renderer", renderer)
+    (line,) = [line for line in benchmark("libero-10@1").missing() if "renderer" in line]
+    assert "MUJOCO_GL=glfw" in line and "libosmesa6" in line
+
+
 def test_assets_are_found_in_the_user_s_folder_the_package_and_the_download(
     bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +121,7 @@ def test_assets_are_found_in_the_user_s_folder_the_package_and_the_download(
     ("words", "message"),
     [
         (["evaluate", "zero", "--benchmark", "libero-spacial@1"], "did you mean 'libero-spatial@1'"),
-        (["evaluate", "zero", "--benchmark", "simpler-bridge@1"], "simpler-bridge@1 is not run here"),
+        (["evaluate", "zero", "--benchmark", "simpler-bridge@1"], "^[^@]*simpler-bridge@1 is not run here; it is"),
         (["evaluate", "zero", "--benchmark", "libero-10@1", "--tasks", "10"], "has no task '10'"),
         (["evaluate", "zero", "--benchmark", "libero-10@1", "--episodes", "51"], "has 50 initial states per task"),
         (["evaluate", "zero", "--benchmark", "libero-10@1", "--options", "crop"], "option crop .* cannot be ''"),

@@ -182,6 +182,15 @@ def test_driver_is_set_for_sapien(alone, monkeypatch):
     assert os.environ["VK_ICD_FILENAMES"] == str(manifest)
     monkeypatch.setenv("VK_ICD_FILENAMES", "/no/such.json")
     assert "/no/such.json" in driver.missing()[0]
+    for content in ("junk", "[]", '{"ICD": {"library_path": "./gone.so"}}'):
+        (alone / "mine.json").write_text(content)
+        monkeypatch.setenv("VK_ICD_FILENAMES", f"{manifest}:{alone / 'mine.json'}")
+        (line,) = driver.missing()
+        assert f"VK_ICD_FILENAMES names {alone / 'mine.json'}, no manifest of a driver" in line
+    (alone / "mine.json").write_text('{"ICD": {"library_path": "libGLX_of_a_gpu.so.0"}}')  # the loader's business
+    assert driver.missing() == []
+    told = str(driver.failed(RuntimeError("vk::createInstanceUnique: ErrorIncompatibleDriver\nmore")))
+    assert "mine.json" in told and "ErrorIncompatibleDriver" in told and "\n" not in told
 
 
 def test_broken_manifests_are_passed_over(alone):

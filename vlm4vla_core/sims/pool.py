@@ -80,7 +80,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             code = None
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"exit code {code}" + (f", {lines[-1].strip()[:200]}" if lines else "")
+        end = "it went silent" if code is None else f"exit code {code}"
+        return end + (f", {lines[-1].strip()[:200]}" if lines else "")
 
     def stop(self) -> None:
         self.connection.close()

@@ -43,7 +43,9 @@ class LiberoBenchmark(SimulatorBenchmark):
         lines = super().missing()
         if assets.folder() is None:
             lines.append(f"{self.protocol} needs LIBERO's assets: {assets.ADVICE}")
-        return lines if renderer() else [*lines, f"{self.protocol} needs a renderer: {RENDERER_ADVICE}"]
+        named = os.environ.get("MUJOCO_GL")
+        other = f", and MUJOCO_GL={named} is none that is here and draws without a display" if named else ""
+        return lines if renderer() else [*lines, f"{self.protocol} needs a renderer{other}: {RENDERER_ADVICE}"]
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {

@@ -20,7 +20,7 @@ from vlm4vla_core.sims.simpler.command import GRIPPER_RULES
 from vlm4vla_core.sims.simulator import SimulatorBenchmark
 
 ORIGINAL = (
-    "simpler-bridge@1 is the original SimplerEnv, which runs in an environment of its own: serve the policy "
+    "it is the original SimplerEnv, which has an environment of its own: serve the policy "
     "(`vlm4vla serve`) and run the client of docs/policy-server.md there; simpler-bridge-ms3@1 is ManiSkill 3's port"
 )
 CAMERA = "3rd_view_camera"

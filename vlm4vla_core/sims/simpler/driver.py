@@ -67,9 +67,8 @@ def drivers() -> Iterator[Driver]:
 
 def read(manifest: Path) -> Driver | None:
     """The driver of a manifest, or None when its library is not there."""
-    try:
-        named = str(json.loads(manifest.read_text())["ICD"]["library_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    named = _library(manifest)
+    if named is None:
         return None
     places = [manifest.parent / named] if "/" in named else [folder / named for folder in _LIBRARIES]
     library = next((place for place in places if place.is_file()), None)
@@ -79,12 +78,26 @@ def read(manifest: Path) -> Driver | None:
     return Driver(manifest, library, (int(found[1]), int(found[2])) if found else (0, 0))
 
 
+def _library(manifest: Path) -> str | None:
+    """The library that a manifest names, a bare name or a path from the manifest on; None when it is no manifest."""
+    try:
+        return str(json.loads(manifest.read_text())["ICD"]["library_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def missing() -> list[str]:
-    """What is wrong with the driver, in one line; nothing when one can be used. One that the user names is believed."""
+    """What is wrong with the driver, in one line; nothing when one can be used. One that the user names is believed
+    when its manifest and library are there."""
     for variable in VARIABLES:
         if named := os.environ.get(variable):
-            gone = [name for name in named.split(":") if not Path(name).is_file()]
-            return [f"{variable} names {', '.join(gone)}, which is not there: correct or unset it"] if gone else []
+            for name in named.split(":"):
+                if not Path(name).is_file():
+                    return [f"{variable} names {name}, which is not there: correct or unset it"]
+                library = _library(Path(name))  # where a bare name lies is the loader's business
+                if library is None or ("/" in library and not (Path(name).parent / library).is_file()):
+                    return [f"{variable} names {name}, no manifest of a driver that is here: correct or unset it"]
+            return []
     found = list(drivers())
     if any(driver.usable for driver in found):
         return []
@@ -92,6 +105,13 @@ def missing() -> list[str]:
     if not found:
         return [f"{need}, and no lavapipe is here: {_DO}"]
     return [f"{need}, and {', '.join(map(str, found))} is too old: {_DO}"]
+
+
+def failed(error: Exception) -> InputError:
+    """What to say when SAPIEN raised `error` because it cannot draw."""
+    named = next((f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name)), "its driver")
+    reason = (str(error).splitlines() or [""])[0]
+    return InputError(f"SAPIEN cannot draw with {named} ({reason})", fix=f"unset the variable, or {_DO}")
 
 
 def activate() -> None:

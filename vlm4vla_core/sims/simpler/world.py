@@ -120,9 +120,14 @@ class SimplerBridge:
         self.close()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = gymnasium.make(
-                TASKS[task].env, obs_mode=_MODE, num_envs=1, sim_backend="cpu", render_backend="cpu"
-            )  # fmt: skip
+            try:
+                made = gymnasium.make(
+                    TASKS[task].env, obs_mode=_MODE, num_envs=1, sim_backend="cpu", render_backend="cpu"
+                )  # fmt: skip
+            except RuntimeError as error:  # SAPIEN's, of Vulkan
+                if "vk::" in str(error) or "rendering device" in str(error):
+                    raise driver.failed(error) from None
+                raise
         self._env, self._task = made.unwrapped, task  # the step limit is counted here
         self._env._obs_mode = "none"
         self._fixed = self._env.xyz_configs, self._env.quat_configs
