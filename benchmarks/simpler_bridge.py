@@ -1,6 +1,6 @@
 """SIMPLER-Bridge in ManiSkill 3's port: baselines on all tasks, and a small policy that learnt one from scripted data.
 
-Run:  python benchmarks/simpler_bridge.py WORK [--model tiny] [--out benchmarks/results/simpler_bridge_ms3.json]
+Run:  python benchmarks/simpler_bridge.py WORK [--model nano] [--out benchmarks/results/simpler_bridge_ms3.json]
 It only issues the commands that it prints and writes down; in WORK, what is there already is not made again.
 Needs `make venv-simpler` and the assets (docs/simulators.md). About an hour on two idle cores.
 """
@@ -8,6 +8,7 @@ Needs `make venv-simpler` and the assets (docs/simulators.md). About an hour on 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,11 @@ BENCHMARK, TASK, EPISODES = "simpler-bridge-ms3@1", "widowx_carrot_on_plate", 24
 DEMOS = f"record {BENCHMARK} --tasks {TASK} --episodes 60 --noise 0.15 --out {{work}}/demos --json {{work}}/demos.json"
 TRAINED = "train {model} --data {work}/demos --out {work}/vla"
 ROLLED = f"evaluate {{policy}} --benchmark {BENCHMARK} --episodes {EPISODES} --out {{work}}/{{name}}"
-LEARNED = {"vla": "{work}/vla", "mean-action": "mean-action --data {work}/demos"}
+LEARNED = {  # folder of the rows, policy
+    "vla": ("vla-rows", "{work}/vla"),
+    "vla, looks at every step": ("vla-execute1", "{work}/vla --execute 1"),
+    "mean-action": ("mean-action-rows", "mean-action --data {work}/demos"),
+}
 
 
 def commands(work: Path, model: str, blind: tuple[str, ...]) -> dict[str, str]:
@@ -29,10 +34,10 @@ def commands(work: Path, model: str, blind: tuple[str, ...]) -> dict[str, str]:
     issued = {"demos": DEMOS.format(**fixed), "training": TRAINED.format(**fixed)}
     for name in ("random", "zero", "scripted"):
         issued[name] = ROLLED.format(policy=name, name=name, **fixed)
-    for name, policy in LEARNED.items():
-        issued[name] = ROLLED.format(policy=policy.format(**fixed), name=name + "-rows", **fixed) + f" --tasks {TASK}"
+    for name, (folder, policy) in LEARNED.items():
+        issued[name] = ROLLED.format(policy=policy.format(**fixed), name=folder, **fixed) + f" --tasks {TASK}"
     for kind in blind:
-        policy = LEARNED["vla"].format(**fixed) + (f" --data {work}/demos" if kind == "image" else "")
+        policy = LEARNED["vla"][1].format(**fixed) + (f" --data {work}/demos" if kind == "image" else "")
         issued[f"vla, no {kind}"] = (
             ROLLED.format(policy=policy, name=f"no-{kind}", **fixed) + f" --tasks {TASK} --blind {kind}"
         )
@@ -57,10 +62,22 @@ def told(rows: Path) -> list[dict[str, Any]]:
     return found
 
 
+def validated(run: Path) -> Any:
+    """The training's held-out losses by step, beside that of a constant action."""
+    log = run / "log.jsonl"
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    told = ("arm", "constant_arm", "gripper_accuracy", "gripper_majority", "rows")
+    return [
+        {"step": line["step"], **{name: line["validation"][name] for name in told}}
+        for line in lines
+        if "validation" in line
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="nano")
     parser.add_argument("--blind", nargs="*", default=["image", "language"])
     parser.add_argument("--collect", action="store_true", help="run nothing, take what is there")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/simpler_bridge_ms3.json"))
@@ -83,6 +100,7 @@ def main() -> None:
         "label": ("stand-in assets; " if protocol["stand_in_assets"] else "")
         + "ManiSkill 3's port, not the published benchmark; scripted demonstrations",
         "results": results,
+        "training": validated(args.work / "vla"),
         "demonstrations": folders.read_json(demos)["counts"] if demos.exists() else "not recorded",
         "commands": [f"vlm4vla {command}".replace(str(args.work), "WORK") for command in issued.values()],
         "made_by": folders.provenance(),
