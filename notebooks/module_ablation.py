@@ -76,11 +76,14 @@ pages.table(view.paper_table("scratch"), caption="The paper's: one training run 
 pages.table(view.head_table(study), caption="A flow head draws its actions from noise, a regression head does not.")
 
 # %%
+pages.table(view.repeat_table(study), caption="The same episodes again with other draws of the noise, per policy.")
+
+# %%
 pages.finish(
     params,
     answer=view.answer(study, freezing, scratch),
     badges=shared.badges(study),
-    numbers={"freezing": shared.numbers(freezing), "scratch": shared.numbers(scratch)},
+    numbers=view.numbers(study, freezing, scratch),
     figure=figure,
     alt=words,
     narrow=narrow,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BASELINES = ("random", "zero", "mean-action", "scripted")
 BLIND = ("none", "image", "language")
+SAMPLING = ("flow",)  # heads that draw their answer from noise
 SILENCE = "."  # what a policy is asked that gets no words; an empty text is no instruction
 _PICTURES = 200  # frames that a mean picture is made of
 
@@ -107,7 +108,8 @@ class PolicyActor:
     """A trained policy: sees the camera picture and the instruction.
 
     convert: its actions into the benchmark's. blank: the picture (H, W, 3) it is shown instead of the camera's.
-    silent: it is asked `SILENCE`.
+    silent: it is asked `SILENCE`. draw: every look of an episode gets noise of its own for a sampling head, which
+    follows from this number and the episode's generator; None gives all looks the noise of seed 0.
     """
 
     policy: Any  # VLAPolicy; typed loosely so that importing this module needs no torch
@@ -117,19 +119,31 @@ class PolicyActor:
     convert: Callable[[np.ndarray], np.ndarray] | None = None
     blank: np.ndarray | None = None
     silent: bool = False
+    draw: int | None = None
 
     def act(self, env: BatchedEnv, rows: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        return self.plan(list(env.observe(rows, self.policy.config.camera)), [env.instructions[row] for row in rows])
+        pictures, words = list(env.observe(rows, self.policy.config.camera)), [env.instructions[row] for row in rows]
+        return self.plan(pictures, words, None if self.draw is None else [self._noise(rngs[row]) for row in rows])
 
-    def plan(self, pictures: Sequence[np.ndarray], instructions: Sequence[str]) -> np.ndarray:
-        """Chunks (B, chunk, A) for B pictures (H, W, 3) and B instructions, predicted `batch_size` at a time."""
+    def plan(
+        self, pictures: Sequence[np.ndarray], instructions: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> np.ndarray:  # fmt: skip
+        """Chunks (B, chunk, A) for B pictures (H, W, 3) and B instructions, predicted `batch_size` at a time.
+
+        seeds: of a sampling head's noise, one for each picture."""
         shown = np.stack(pictures if self.blank is None else [self.blank] * len(pictures))
         words = [SILENCE] * len(instructions) if self.silent else list(instructions)
+        parts = [slice(i, i + self.batch_size) for i in range(0, len(words), self.batch_size)]
         chunks = np.concatenate([
-            self.policy.predict(shown[i : i + self.batch_size], words[i : i + self.batch_size]).actions
-            for i in range(0, len(words), self.batch_size)
+            self.policy.predict(shown[part], words[part], **({} if seeds is None else {"seed": seeds[part]})).actions
+            for part in parts
         ])  # fmt: skip
         return self.convert(chunks) if self.convert else chunks
+
+    def _noise(self, rng: np.random.Generator) -> int:
+        """Seed of the noise of an episode's next look."""
+        assert self.draw is not None
+        return int(np.random.SeedSequence([self.draw, int(rng.integers(1 << 62))]).generate_state(1, np.uint64)[0] >> 1)
 
     def driver(self, benchmark: Any, ensemble: str) -> Driver:
         return Driver(benchmark.convention, self.execute, ensemble, self.policy.config.camera)
@@ -200,6 +214,7 @@ def make_actor(
     deterministic: bool = False,
     blind: str = "none",
     device: str = "cpu",
+    draw: int | None = None,
 ) -> Actor:
     """The actor for a policy in a benchmark. Raises InputError where the two do not go together."""
     if str(policy) in BASELINES:
@@ -216,6 +231,10 @@ def make_actor(
         domains, labels = model.backbone.lineage.get("domains", ()), checkpoint.row_labels(where)
     else:
         model, where, domains, labels = policy, policy.url, policy.domains, policy.labels
+    if draw is not None and getattr(model.config, "head", None) not in SAMPLING:
+        head = getattr(model.config, "head", None)
+        what = f"the policy's head '{head}' draws nothing" if head else "a policy on a server draws its own noise"
+        raise InputError(f"{what}, so --draw would change nothing", where=where, fix="leave --draw out")
     convert, told = converter(model.config.convention, bench.convention, where=where)
     check_seen(domains, bench, where=where)
     camera, chunk = model.config.camera, model.config.chunk
@@ -228,10 +247,11 @@ def make_actor(
         raise InputError(f"--execute {carried_out} does not fit the policy's chunk of {chunk}", where=where, fix=fix)
     notes = [labels.get("note"), told and f"actions converted: {told}", blind != "none" and f"without {blind}"]
     labels = {**labels, "note": "; ".join(note for note in notes if note) or None}
+    labels |= {} if draw is None else {"draw": draw}
     blank = _mean_picture(Path(data), camera) if blind == "image" and data is not None else None
     return PolicyActor(
         model, carried_out, labels, batch_size=1 if deterministic else 64, convert=convert if told else None,
-        blank=blank, silent=blind == "language",
+        blank=blank, silent=blind == "language", draw=draw,
     )  # fmt: skip
 
 

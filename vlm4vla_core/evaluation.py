@@ -54,7 +54,8 @@ class Plan:
     carried out before replanning; None means the protocol's own number, else the chunk. deterministic: predict one
     picture at a time, so that rounding does not depend on the others. options: NAME=VALUE of a simulator's protocol.
     ensemble: "temporal" averages chunks that overlap. blind: "image" (needs `data`) or "language", the shortcut checks.
-    device: where a checkpoint predicts; not part of what rows are tied to.
+    device: where a checkpoint predicts; not part of what rows are tied to. draw: number of the noise of a policy with a
+    sampling head: the same episodes with another one; None gives every look the noise of seed 0.
     """
 
     policy: str | Path | Remote
@@ -68,6 +69,7 @@ class Plan:
     ensemble: str = "none"
     blind: str = "none"
     device: str = "cpu"
+    draw: int | None = None
 
     def checked(self) -> Checked:
         """The plan against its benchmark. Raises InputError on unknown names, impossible combinations, and anything
@@ -90,12 +92,17 @@ class Plan:
                 raise InputError(what, fix="leave --execute and --ensemble out")
             if self.blind != "none":
                 raise InputError(f"{self.policy} looks at nothing", fix="leave --blind out")
+            if self.draw is not None:
+                raise InputError(f"{self.policy} has no head that draws noise", fix="leave --draw out")
+        if self.draw is not None and self.draw < 0:
+            raise InputError(f"--draw must be at least 0, got {self.draw}")
         name, inputs = identify(self.policy, self.data, self.blind)
         config: dict[str, Any] = {"policy": name, "benchmark": bench.describe(), "execute": self.execute}
         options = bench.chosen(self.options)
         # Left out where they say nothing, so that folders of earlier versions go on.
         extras = {"deterministic": self.deterministic, "options": options}
         config |= {key: value for key, value in extras.items() if value}
+        config |= {} if self.draw is None else {"draw": self.draw}
         config |= {key: getattr(self, key) for key in ("ensemble", "blind") if getattr(self, key) != "none"}
         if missing := bench.missing():
             raise InputError("; ".join(missing))
@@ -106,7 +113,7 @@ class Plan:
         """Who acts. Raises InputError where policy and benchmark do not go together."""
         return make_actor(
             self.policy, bench, self.execute, self.data, deterministic=self.deterministic, blind=self.blind,
-            device=self.device,
+            device=self.device, draw=self.draw,
         )  # fmt: skip
 
 
@@ -139,6 +146,8 @@ class Checked:
             return
         from vlm4vla_core.episodes.conversion import cores
 
+        if self.plan.draw is not None:
+            raise InputError("--draw is for the tabletop world, stepped here", fix="leave --draw or --workers out")
         yield from pool.rollout(
             self.bench, actor, cells, workers=workers or cores(), options=self.options, ensemble=self.plan.ensemble,
             films=films, timeout=timeout or pool.TIMEOUT,

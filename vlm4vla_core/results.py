@@ -22,8 +22,8 @@ EPISODE_COLUMNS = (
     "protocol", "task", "episode", "env_seed", "execute", "success", "success_rule", "steps", "chain", "partial",
     "wall_s", "note",
 )  # fmt: skip
-# Beyond the contract, in rows of the simulators that tell them apart.
-FURTHER_COLUMNS = ("success_last", "success_ever")
+# Beyond the contract: of the simulators that tell them apart, and where a sampling head's noise was asked for.
+FURTHER_COLUMNS = ("success_last", "success_ever", "draw")
 PERFORMANCE_COLUMNS = (
     "model", "family", "lineage", "benchmark", "task", "metric", "value", "successes", "episodes", "source", "quality",
 )  # fmt: skip

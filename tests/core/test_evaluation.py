@@ -343,6 +343,8 @@ def test_rows_of_another_policy_are_not_mixed_in(tmp_path: Path, line_world: lis
         (["zero", "--benchmark", "tabletop-abc-d@1", "--episodes", "0"], "at least 1"),
         (["mean-action", "--benchmark", "tabletop-abc-d@1"], "--data STORE"),
         (["zero", "--benchmark", "tabletop-abc-d@1", "--execute", "2"], "one action at a time"),
+        (["random", "--benchmark", "tabletop-abc-d@1", "--draw", "2"], "no head that draws"),
+        (["random", "--benchmark", "tabletop-vqa@1", "--draw", "2"], "answers in words are not drawn"),
     ],
 )
 def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: list[str], message: str) -> None:
@@ -352,6 +354,73 @@ def test_bad_words_exit_2_with_one_line(tmp_path, monkeypatch, capsys, words: li
     assert message in line
     assert line.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vlm4vla_core.backbone import tiny
+    from vlm4vla_core.policy import PolicyConfig, VLAPolicy
+
+    bounds = {"q01": (0.0,) * 7, "q99": (1.0,) * 7}
+    config = PolicyConfig(chunk=3, convention=LINE, **bounds, camera="front", width=16, head="flow")
+    folder = tmp_path_factory.mktemp("flow") / "ck"
+    VLAPolicy(tiny(image_size=56), config).save(folder)
+    return folder
+
+
+def test_a_draw_gives_every_look_noise_of_its_own_and_none_leaves_rows_as_they_were(flow: Path, policy: Path) -> None:
+    from vlm4vla_core.policy import VLAPolicy
+
+    model = VLAPolicy.load(flow)
+
+    def actions(draw: int | None, cell: tuple[str, int], parallel: int = 1) -> np.ndarray:
+        seen: list[np.ndarray] = []
+        actor = evaluation.make_actor(flow, LineBenchmark(), 2, None, draw=draw)
+        cells = [cell, ("far", 2)] if parallel > 1 else [cell]
+        watch = lambda env, taken: seen.append(taken[0].copy()) if taken is not None and env.running[0] else None  # noqa: E731
+        list(evaluation.rollout(LineBenchmark(), actor, cells, parallel=parallel, watch=watch))
+        return np.array(seen)
+
+    def by_hand(draw: int | None, episode: int) -> np.ndarray:
+        env, taken = LineBenchmark().env(["far"], [100 + episode]), []
+        rng = np.random.default_rng([100 + episode, 1])  # the episode's own stream
+        for step in range(6):
+            if step % 2 == 0:
+                number = np.random.SeedSequence([draw or 0, int(rng.integers(1 << 62))]).generate_state(1, np.uint64)[0]
+                more = {} if draw is None else {"seed": int(number >> 1)}
+                chunk = model.predict(env.observe(np.array([0])), ["far"], **more).actions[0]
+            taken.append(chunk[step % 2])
+            env.step(chunk[None, step % 2])
+            if env.success()[0]:
+                break
+        return np.array(taken)
+
+    for draw in (None, 0, 3):
+        assert np.array_equal(actions(draw, ("far", 1)), by_hand(draw, 1))
+        np.testing.assert_allclose(actions(draw, ("far", 1), parallel=2), by_hand(draw, 1), atol=1e-5)
+    first, again = by_hand(3, 1), by_hand(4, 1)
+    assert not np.array_equal(first[0], again[0]) and not np.array_equal(first[0], by_hand(3, 2)[0])
+    assert not np.array_equal(first[0], first[2])  # the same picture a look later
+
+
+def test_another_draw_is_another_evaluation_and_a_head_that_draws_nothing_says_so(
+    tmp_path: Path, line_world: list[int], flow: Path, policy: Path
+) -> None:
+    from vlm4vla_core import folders
+
+    rows = run(flow, tmp_path / "rows", episodes=1, draw=3)
+    assert list(rows.columns) == [*EPISODE_COLUMNS, "draw"] and set(rows["draw"]) == {3}
+    assert folders.read_manifest(tmp_path / "rows", "rollouts")["config"]["draw"] == 3
+    assert len(run(flow, tmp_path / "rows", episodes=2, draw=3)) == 4 and line_world == [2, 2]
+    with pytest.raises(InputError, match="another policy, protocol"):
+        run(flow, tmp_path / "rows", episodes=1, draw=4)
+    assert list(run(flow, tmp_path / "plain", episodes=1).columns) == list(EPISODE_COLUMNS)
+    assert "draw" not in folders.read_manifest(tmp_path / "plain", "rollouts")["config"]
+    with pytest.raises(InputError, match="head 'fc' draws nothing"):
+        run(policy, tmp_path / "none", episodes=1, draw=0)
+    with pytest.raises(InputError, match="--workers"):
+        evaluation.evaluate(evaluation.Plan(flow, "line@1", draw=0), tmp_path / "none", workers=1)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_look_kept_for_the_test_and_an_unknown_camera_are_refused(policy: Path, tmp_path: Path) -> None:

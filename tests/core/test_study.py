@@ -156,6 +156,19 @@ def test_the_papers_studies_can_be_planned(path):
     assert len({cell.backbone for cell in plan.cells}) == models
 
 
+def test_draws_are_evaluations_more_of_the_same_policy(tmp_path):
+    text = STUDY.replace('name = "full"', 'name = "full"\nset = { head = "flow" }', 1)
+    before, plan = planned(tmp_path, text), planned(tmp_path, text.replace('"flow" }', '"flow" }\ndraws = [0, 7]', 1))
+    assert set(before.jobs) < set(plan.jobs) and len(plan.jobs) - len(before.jobs) == 4 * 2
+    drawn = [cell for cell in plan.cells if cell.draw is not None]
+    assert [cell.name for cell in drawn][:2] == [f"full/qwen/tabletop-tasks@1/0/draw{n}" for n in (0, 7)]
+    assert {cell.trainings for cell in drawn} == {cell.trainings for cell in before.cells if cell.arm == "full"}
+    words = [plan.jobs[cell.evaluation].command(tmp_path, plan.jobs) for cell in drawn[:2]]
+    assert [word[word.index("--draw") + 1] for word in words] == ["0", "7"]
+    with pytest.raises(InputError, match="arm 'full' asks for draws, and its head 'fc' draws nothing"):
+        planned(tmp_path, STUDY.replace('name = "full"', 'name = "full"\ndraws = [1]', 1))
+
+
 def test_a_drawn_backbone_keeps_its_name_and_size(tmp_path):
     nano = STUDY.replace(
         'name = "qwen"\nset = { image_size = 56 }', 'name = "qwen"\nsource = "nano"\nset = { size = "xs" }'
@@ -489,6 +502,15 @@ def test_pages_are_compared_by_answer_numbers_and_figures(real, tmp_path):
     assert other.holds and "by their number alone" in other.found
 
 
+def test_every_draw_has_a_line_of_its_own():
+    rows = pd.DataFrame({
+        "arm": "a", "backbone": "b", "protocol": "p@1", "cell_seed": 0, "execute": 4,
+        "success": [True, False, True, True], "draw": pd.array([None, None, 3, 3], "Int64"),
+    })  # fmt: skip
+    told = {line.get("draw"): (line["successes"], line["episodes"]) for line in numbers(rows)}
+    assert told == {None: (1, 2), 3: (2, 2)}
+
+
 def test_numbers_by_hand():
     rows = pd.DataFrame({
         "arm": "a", "backbone": "b", "protocol": "p@1", "cell_seed": [0, 0, 0, 1], "execute": 4,
@@ -593,10 +615,12 @@ def test_the_miniature_asks_all_questions_of_enough_models_and_no_policy_costs_m
     capability = {arm.name for arm in plan.study.arm if "capability" in arm.axis}
     vlms = {(cell.backbone, cell.trainings[:-1]) for cell in plan.cells if cell.arm in capability}
     assert len(vlms) >= 30 and len({cell.protocol for cell in plan.cells}) == 3
-    seeds = {cell.name.rpartition("/")[0]: set() for cell in plan.cells}
+    seeds: dict[tuple, set[int]] = {}
     for cell in plan.cells:
-        seeds[cell.name.rpartition("/")[0]].add(cell.seed)
+        seeds.setdefault((cell.arm, cell.backbone, cell.protocol, cell.draw), set()).add(cell.seed)
     assert min(map(len, seeds.values())) >= 3
+    flow = [cell for cell in plan.cells if cell.arm == "flow"]  # on repeated identical episodes
+    assert len({cell.trainings for cell in flow}) == 3 and len({cell.draw for cell in flow}) == 1 + 5
     price = costs(plan)
     plain = [cell for cell in plan.cells if cell.arm == "full" and cell.backbone == "paligemma-s"]
     assert max(price[cell.trainings[-1]].seconds("cpu-core") for cell in plain) < 250
@@ -604,4 +628,4 @@ def test_the_miniature_asks_all_questions_of_enough_models_and_no_policy_costs_m
     assert set(small.jobs) == set(plan.jobs)
     assert {cell.name for cell in small.cells} >= set(small.study.live) and len(small.study.live) <= 3
     todo = look(small, Path("nowhere")).of("ready", "waiting")  # a store, and training and rollouts of the live cells
-    assert sorted(small.jobs[one].kind for one in todo) == ["evaluate"] * 2 + ["record"] + ["train"] * 2
+    assert sorted(small.jobs[one].kind for one in todo) == ["evaluate", "record", "train"]

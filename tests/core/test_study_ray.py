@@ -16,6 +16,7 @@ from vlm4vla_core.study import run as running
 from vlm4vla_core.study.bundle import numbers
 from vlm4vla_core.study.collect import collect
 from vlm4vla_core.study.state import DONE, RUNNING
+from vlm4vla_core.study.work import LOG
 
 pytestmark = pytest.mark.slow  # a cluster takes seconds to start and gigabytes of memory
 
@@ -62,26 +63,40 @@ def until(condition, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def raylet(node) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
 @pytest.mark.parametrize("victim", ["worker", "node"])
 def test_a_study_survives_the_death_of_a_worker_and_of_a_machine(tmp_path, cluster, victim, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     made, nodes = cluster
     plan, out = planned(tmp_path), tmp_path / "out"
+    struck: list[Path] = []
 
     def strike() -> None:
         until(lambda: list(out.glob(f"jobs/*/{RUNNING}")))
+        beat = next(out.glob(f"jobs/*/{RUNNING}"))
+        began = beat.stat().st_mtime
+        until(lambda: beat.stat().st_mtime > began, 60)  # the job is in the midst of it
+        worker = parent(json.loads(beat.read_text())["pid"])
         if victim == "node":
-            made.remove_node(nodes[0], allow_graceful=False)
+            (lost,) = (node for node in nodes if raylet(node) == parent(worker))
+            made.remove_node(lost, allow_graceful=False)
         else:
-            job = json.loads(next(out.glob(f"jobs/*/{RUNNING}")).read_text())["pid"]
-            parent = int(Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[1])
-            os.kill(parent, signal.SIGKILL)
+            os.kill(worker, signal.SIGKILL)
+        struck.append(beat.parent)
 
     striker = threading.Thread(target=strike)
     striker.start()
     status = running.run(plan, out, running.Ray(made.address, 2))
     striker.join(timeout=120)
     assert len(status.of("done")) == 3 and len(list(out.glob(f"jobs/*/{DONE}"))) == 3
+    assert len(struck) == 1 and (struck[0] / LOG).read_text().count("$ vlm4vla evaluate") == 2  # begun twice
     here = tmp_path / "here"
     running.run(plan, here, running.Local(1))
     assert numbers(collect(plan, out).episodes) == numbers(collect(plan, here).episodes)

@@ -11,8 +11,8 @@ import pytest
 from test_notebooks import play
 
 from probes.report.study_params import StudyInput, study_fingerprint
+from probes.report.views import module_ablation, study_overview, vision_injection
 from probes.report.views import study as shared
-from probes.report.views import study_overview, vision_injection
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.study import expand, read_study
 from vlm4vla_core.study.collect import Tables, collect
@@ -155,6 +155,32 @@ def test_half_the_episodes_of_an_arm_are_compared_on_the_states_that_both_ran(fi
     kept = half[half["episode"] < 40]
     means = [kept.loc[kept["arm"] == arm, "chain"].astype(float).mean() for arm in ("spoken-first", "full")]
     assert one.episodes == 40 and one.difference == pytest.approx(means[0] - means[1])
+
+
+def test_repeats_are_kept_apart_and_their_spread_is_counted(filled, empty):
+    one = filled.episodes[(filled.episodes["arm"] == "full") & (filled.episodes["cell_seed"] == 1)]
+    chains = {0: [5, 0, 2], 1: [5, 1, 2], 2: [5, 0, 2]}
+    again = [one.iloc[:3].assign(draw=draw, chain=lengths) for draw, lengths in chains.items()]
+    tables = empty[1]
+    rows = pd.concat([filled.episodes.assign(draw=pd.NA), *again])
+    study = shared._made(tables.study, filled.cells, rows, filled.capability, filled.performance, filled.stages)
+    assert len(study.episodes) == len(filled.episodes) and len(study.repeats) == 9
+    (line,) = module_ablation.repeat_table(study).to_dict("records")
+    assert (line["draws"], line["training seed"], line["episodes that differ"]) == (3, 1, "1 of 3")
+    assert (line["lowest"], line["highest"], line["SD over draws"]) == ("2.33", "2.67", "0.19")
+    assert module_ablation.repeat_table(filled)["draws"].tolist() == [shared.NOT_RUN]
+
+
+def test_the_file_that_fills_a_study_is_what_its_pages_name(empty):
+    path, tables = empty
+    parts = (tables.cells, tables.episodes, tables.capability, tables.capability, tables.stages)
+    assert shared.open_study(path).command() == f"vlm4vla study run {path}"
+    (path.parent / "small.toml").write_text(f'include = ["{path.name}"]\nfilled_by = "{path.name}"\nname = "small"\n')
+    assert shared.open_study(path.parent / "small.toml").command("heads") == f"vlm4vla study run {path} --only heads"
+    assert shared._made(tables.study, *parts).file == "studies/pages.toml"
+    (path.parent / "small.toml").write_text(f'include = ["{path.name}"]\nfilled_by = "none.toml"\n')
+    with pytest.raises(InputError, match="no study file 'none"):
+        shared.open_study(path.parent / "small.toml")
 
 
 def test_coverage_counts_cells_and_the_correlation_needs_five_models(filled):

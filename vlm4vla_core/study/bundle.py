@@ -183,8 +183,9 @@ def _copy_small(product: Path, target: Path) -> None:
 
 
 def numbers(episodes: pd.DataFrame) -> list[dict[str, Any]]:
-    """Per arm, backbone, protocol, execute length and training seed: episodes, successes, rate with its Wilson
-    interval, the mean chain where there are chains, and the mean share of goals where tasks have several."""
+    """Per arm, backbone, protocol, execute length, training seed and draw (where there is one): episodes, successes,
+    rate with its Wilson interval, the mean chain where there are chains, and the mean share of goals where tasks have
+    several."""
     import pandas as pd
 
     from vlm4vla_core.results import wilson
@@ -192,10 +193,12 @@ def numbers(episodes: pd.DataFrame) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if episodes.empty:
         return found
-    keys = ["arm", "backbone", "protocol", "cell_seed", "execute"]
+    keys = ["arm", "backbone", "protocol", "cell_seed", "execute", *(["draw"] if "draw" in episodes else [])]
     for key, rows in episodes.groupby(keys, sort=True, dropna=False):
         k, n = int(rows["success"].sum()), len(rows)
         line = {name: None if pd.isna(value) else value for name, value in zip(keys, key, strict=True)}
+        if line.get("draw", 0) is None:
+            del line["draw"]
         line |= {"episodes": n, "successes": k, "rate": k / n, "interval": list(wilson(k, n))}
         for name, column in (("mean_chain", "chain"), ("mean_partial", "partial")):
             if column in rows and rows[column].notna().any():
@@ -309,7 +312,7 @@ def _is(line: dict[str, Any], cell: Any, *, any_seed: bool = False) -> bool:
     """Whether a line of `numbers` is of this cell."""
     same = (line["arm"], line["backbone"], line["protocol"]) == (cell.arm, cell.backbone, cell.protocol)
     execute = cell.execute is None or line["execute"] == cell.execute
-    return same and execute and (any_seed or line["cell_seed"] == cell.seed)
+    return same and execute and line.get("draw") == cell.draw and (any_seed or line["cell_seed"] == cell.seed)
 
 
 def _again(

@@ -94,11 +94,11 @@ def collect(plan: Plan, out: Path, status: Status | None = None) -> Tables:
         if one in status.wanted
     ]  # fmt: skip
     for frame in episodes:  # empty columns of one cell and numbers of another are one kind of column
-        for name in ("chain", "partial"):
+        for name, kind in (("chain", "Float64"), ("partial", "Float64"), ("draw", "Int64")):
             if name in frame:
-                frame[name] = frame[name].astype("Float64")
+                frame[name] = frame[name].astype(kind)
     every = pd.concat(episodes, ignore_index=True) if episodes else pd.DataFrame()
-    facts = {key: getattr(plan.study, key) for key in ("name", "question", "deviations")}
+    facts = {key: getattr(plan.study, key) for key in ("name", "question", "deviations", "filled_by")}
     return Tables(
         every.astype({"cell_seed": "Int64"}) if episodes else every,
         _cells(plan, status, training, rows, shipped),
@@ -128,14 +128,16 @@ def _cells(
     lines = []
     for cell in plan.cells:
         state = status.states[cell.evaluation]
-        facts = [told for one in cell.trainings if (told := training(one))]
+        # Cells that differ in their draw alone share the training, which counts once.
+        facts = [told for one in cell.trainings if cell.draw is None and (told := training(one))]
         settings = plan.jobs[cell.trainings[-1]].spec["settings"]
         mine = found[0] if (found := rows(cell.evaluation)) else None
         old = shipped.rows(cell.evaluation) if shipped is not None and state.state == "done" else pd.DataFrame()
         old = old[old["episode"] < plan.jobs[cell.evaluation].amount] if len(old) else old
         lines.append({
             "cell": cell.name, "arm": cell.arm, "backbone": cell.backbone, "lineage": lineages.get(cell.backbone, ""),
-            "protocol": cell.protocol, "seed": cell.seed, "execute": cell.execute, "state": state.state,
+            "protocol": cell.protocol, "seed": cell.seed, "execute": cell.execute, "draw": cell.draw,
+            "state": state.state,
             "episodes": plan.jobs[cell.evaluation].amount, "init": settings.get("init", "pretrained"),
             "freeze": "+".join(settings.get("freeze", [])), "head": settings.get("head", "fc"),
             "steps": settings.get("max_steps"), "earlier": " ".join(cell.trainings[:-1]),
@@ -145,7 +147,7 @@ def _cells(
             "shipped_successes": int(old["success"].sum()) if len(old) else None,
             "shipped_episodes": len(old) or None,
         })  # fmt: skip
-    names = "cell arm backbone lineage protocol seed execute state episodes init freeze head steps earlier train_s"
+    names = "cell arm backbone lineage protocol seed execute draw state episodes init freeze head steps earlier train_s"
     names += " successes counted shipped_successes shipped_episodes"
     return pd.DataFrame(lines, columns=names.split())
 
@@ -161,7 +163,7 @@ def performance(tables: Tables) -> pd.DataFrame:
     rows = tables.episodes
     if not rows.empty:
         lineages = dict(zip(tables.cells["backbone"], tables.cells["lineage"], strict=True))
-        rows = rows[rows["arm"].isin(arms)]
+        rows = rows[rows["arm"].isin(arms) & (rows["draw"].isna() if "draw" in rows else True)]
         for (arm, backbone, protocol), part in rows.groupby(["arm", "backbone", "protocol"], sort=False):
             chain, partial = part["chain"].notna().all(), part["partial"].notna().all()
             column = "chain" if chain else "partial" if partial else "success"

@@ -18,7 +18,7 @@ import re
 import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -110,6 +110,8 @@ class Arm(_Table):
     """Names or patterns."""
     benchmarks: tuple[str, ...] = ALL
     seeds: tuple[int, ...] = (0,)
+    draws: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Of a head that draws (flow): the same episodes again with these numbers of its noise (`evaluate --draw`)."""
 
 
 class Capability(_Table):
@@ -163,6 +165,8 @@ class Study(_Table):
     """Cells that are run here although the bundle has them, as ARM/BACKBONE/PROTOCOL/SEED; * for any of them."""
     only_live: bool = False
     """Run nothing but the live cells; what is neither shipped nor live stays as it is."""
+    filled_by: str = ""
+    """The study whose runs fill what this one reads from the bundle, a file beside this one; the pages name it."""
     folder: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
@@ -222,9 +226,12 @@ def read_study(path: Path) -> Study:
     if isinstance(values.get("backbone"), list):
         values["backbone"] = _backbones(values["backbone"], folder)
     try:
-        return Study(**values, folder=folder)
+        study = Study(**values, folder=folder)
     except ValidationError as error:
         raise _told(error, values, path) from None
+    if study.filled_by and not (folder / study.filled_by).is_file():
+        raise InputError(f"filled_by: no study file '{study.filled_by}' is there", where=path)
+    return study
 
 
 def _backbones(entries: list[Any], folder: Path) -> list[Any]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from vlm4vla_core import folders
+from vlm4vla_core.actors import SAMPLING
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.presets import DRAWN, TrainConfig, make_config
 from vlm4vla_core.study.declare import Arm, Backbone, Benchmark, Study, chosen
@@ -65,6 +67,8 @@ class Job:
             words += ["--tasks", *self.spec["tasks"]]
         if self.spec.get("execute"):
             words += ["--execute", str(self.spec["execute"])]
+        if "draw" in self.spec:
+            words += ["--draw", str(self.spec["draw"])]
         return [*words, *(["--data", roles["data"]] if "data" in roles else [])]
 
 
@@ -84,7 +88,8 @@ def job_id(kind: str, spec: dict[str, Any], needs: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One answer of a study: a policy in a benchmark. trainings: its jobs, first stage first."""
+    """One answer of a study: a policy in a benchmark. trainings: its jobs, first stage first. draw: number of the
+    head's noise, where the episodes of another cell are run again with it."""
 
     arm: str
     backbone: str
@@ -93,10 +98,12 @@ class Cell:
     execute: int | None
     trainings: tuple[str, ...]
     evaluation: str
+    draw: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.arm}/{self.backbone}/{self.protocol}/{self.seed}"
+        tail = "" if self.draw is None else f"/draw{self.draw}"
+        return f"{self.arm}/{self.backbone}/{self.protocol}/{self.seed}{tail}"
 
 
 @dataclass
@@ -262,10 +269,16 @@ def _cells(
     settings = {**bench.set, **backbone.set, **arm.set, **_own(study, arm, backbone, seed, first=not before)}
     name = f"{arm.name}-{backbone.name}-{bench.protocol}-{seed}"
     last = _train(plan, study, name, bench.preset, settings, stores[bench.data], start)
-    for execute in bench.execute or (None,):
+    head = plan.jobs[last].config.head  # type: ignore[union-attr]
+    if arm.draws and head not in SAMPLING:
+        what = f"arm '{arm.name}' asks for draws, and its head '{head}' draws nothing"
+        raise InputError(what, fix='set = { head = "flow" }, or leave draws out')
+    for execute, draw in product(bench.execute or (None,), (None, *dict.fromkeys(arm.draws))):
         spec = {**_protocol(bench.protocol), "tasks": bench.tasks, "execute": execute}
-        job = plan.add("evaluate", name, spec, needs={"model": last}, amount=bench.episodes)
-        plan.cells.append(Cell(arm.name, backbone.name, bench.protocol, seed, execute, (*before, last), job))
+        spec |= {} if draw is None else {"draw": draw}
+        title = name if draw is None else f"{name}-draw{draw}"
+        job = plan.add("evaluate", title, spec, needs={"model": last}, amount=bench.episodes)
+        plan.cells.append(Cell(arm.name, backbone.name, bench.protocol, seed, execute, (*before, last), job, draw))
 
 
 def _protocol(name: str) -> dict[str, Any]:

@@ -7,9 +7,11 @@ cluster the study's folder has to be on a file system that all machines share.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,10 +23,11 @@ from vlm4vla_core.errors import InputError
 from vlm4vla_core.progress import progress
 from vlm4vla_core.run_folder import locked
 from vlm4vla_core.study.jobs import CONFIG, Job, Plan, write_toml
-from vlm4vla_core.study.state import MISSING, Status, jobs_folder, look
+from vlm4vla_core.study.state import FAILED, MISSING, Status, beating, jobs_folder, look
 from vlm4vla_core.study.work import perform
 
 STUDY = "study.json"
+RETRIES = 3  # of a task of Ray whose worker or machine died
 
 
 class Executor(Protocol):
@@ -75,7 +78,8 @@ class Local:
 
 
 class Ray:
-    """Tasks of a Ray cluster; Ray itself repeats one whose worker or machine died."""
+    """Tasks of a Ray cluster. Ray repeats one whose worker or machine died; a job whose task is lost for good has
+    failed, and takes none of the others with it."""
 
     def __init__(self, address: str | None, slots: int | None = None) -> None:
         try:
@@ -95,9 +99,22 @@ class Ray:
 
     def submit(self, folder: Path, words: list[str], amount: int, gpus: int, threads: int) -> Future[int]:
         taken = min(gpus, int(self.cluster.get("GPU", 0)))
-        task = self._ray.remote(num_cpus=threads or 1, num_gpus=taken, max_retries=3)(_on_ray)
+        task = self._ray.remote(num_cpus=threads or 1, num_gpus=taken, max_retries=RETRIES)(_on_ray)
         self._tasks.append(task.remote(str(folder.resolve()), words, amount, taken if gpus else None, threads))
-        return self._tasks[-1].future()
+        code: Future[int] = Future()
+        self._tasks[-1].future().add_done_callback(lambda task: code.set_result(self._came(task, folder)))
+        return code
+
+    def _came(self, task: Future[int], folder: Path) -> int:
+        """A task's exit code, or what stands for one that never ended."""
+        lost = task.exception()
+        if lost is None:
+            return task.result()
+        if isinstance(lost, self._ray.exceptions.TaskCancelledError):
+            return 130
+        reason = f"Ray lost it for good ({type(lost).__name__}: {str(lost).strip().splitlines()[0][:200]})"
+        folders.write_json(folder / FAILED, {"reason": reason, "seconds": 0.0, "tries": 1 + RETRIES, "code": 1})
+        return 1
 
     def stop(self) -> None:
         for task in self._tasks:
@@ -106,7 +123,22 @@ class Ray:
 
 
 def _on_ray(folder: str, words: list[str], amount: int, gpus: int | None, threads: int) -> int:
+    wait_for_another(Path(folder))
     return perform(Path(folder), words, amount=amount, gpus=gpus, threads=threads)
+
+
+def wait_for_another(folder: Path, pause: float = 1.0) -> None:
+    """Wait while another process works on a job: a machine that the cluster has lost may still be at it.
+
+    A process of this machine is seen to be gone; of one elsewhere only the sign of life tells.
+    """
+    while (facts := beating(folder)) is not None:
+        if facts["host"] == platform.node():
+            try:
+                os.kill(facts["pid"], 0)
+            except ProcessLookupError:
+                return
+        time.sleep(pause)
 
 
 def local_gpus() -> list[int]:

@@ -96,12 +96,20 @@ def _own(job: Job, folder: Path) -> State:
     done = _read(folder / DONE)
     if done and done.get("amount", 0) >= job.amount and (folder / PRODUCT).exists():
         return State("done", seconds=float(done["seconds"]))
-    running = _read(folder / RUNNING)
-    if running and time.time() - (folder / RUNNING).stat().st_mtime < STALE:
+    if running := beating(folder):
         return State("running", reached(job, folder), time.time() - running["began"])
     if failed := _read(folder / FAILED):
         return State("failed", failed["reason"], float(failed["seconds"]))
     return State("ready")
+
+
+def beating(folder: Path) -> dict[str, Any] | None:
+    """What a process that works on a job says of itself; None without a fresh sign of life."""
+    facts = _read(folder / RUNNING)
+    try:
+        return facts if facts and time.time() - (folder / RUNNING).stat().st_mtime < STALE else None
+    except OSError:  # it ended in this moment
+        return None
 
 
 def reached(job: Job, folder: Path) -> str:

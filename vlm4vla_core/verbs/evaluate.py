@@ -46,6 +46,9 @@ class Args:
     """Actions of each predicted chunk to carry out before replanning; the whole chunk when left out."""
     data: Path | None = None
     """Episode store, for mean-action and for --blind image."""
+    draw: int | None = None
+    """Number of the noise of a policy with a sampling head (flow), drawn anew at every look: the same episodes with
+    another one are another result. When left out, every look has the noise of seed 0."""
     ensemble: Literal["none", "temporal"] = "none"
     """Average the chunks that overlap in time (with --execute shorter than the chunk)."""
     blind: Literal["none", "image", "language"] = "none"
@@ -83,6 +86,8 @@ def run(args: Args) -> int:
 
         if args.remote:
             raise InputError("a policy server answers with actions, not with words", fix="give a checkpoint's folder")
+        if args.draw is not None:
+            raise InputError("answers in words are not drawn", fix="leave --draw out")
         return ask(args)
     from vlm4vla_core.evaluation import Plan, evaluate, film, merge
     from vlm4vla_core.film import check_ending
@@ -100,7 +105,7 @@ def run(args: Args) -> int:
     out = args.out or _default_out(args, policy)
     plan = Plan(
         policy, args.benchmark, args.tasks, args.episodes, args.execute, args.data, args.deterministic, args.options,
-        args.ensemble, args.blind, args.device,
+        args.ensemble, args.blind, args.device, args.draw,
     )  # fmt: skip
     if args.merge:
         rows = merge(plan, out)
@@ -221,6 +226,7 @@ def _protocol_line(args: Args, rows: pd.DataFrame, protocol: dict[str, Any]) -> 
     executed = ", ".join(map(str, sorted(set(rows["execute"]))))
     words += [f"executes {executed}" + (f", ensembling {args.ensemble}" if args.ensemble != "none" else "")]
     words += [f"without {args.blind}"] if args.blind != "none" else []
+    words += [f"noise drawn anew at every look, draw {args.draw}"] if args.draw is not None else []
     return "; ".join(word for word in [*words, *sorted(set(rows["note"].dropna()))] if word)
 
 
@@ -248,6 +254,7 @@ def _default_out(args: Args, policy: str | Remote) -> Path:
     tail += (f"-execute{args.execute}" if args.execute else "") + ("-deterministic" if args.deterministic else "")
     tail += f"-{args.ensemble}" if args.ensemble != "none" else ""
     tail += f"-blind-{args.blind}" if args.blind != "none" else ""
+    tail += f"-draw{args.draw}" if args.draw is not None else ""
     if not isinstance(policy, str):
         return Path("runs/eval") / f"remote-{policy.fingerprint[:12]}" / f"{args.benchmark}{tail}"
     folder = checkpoint.resolve(Path(policy))

@@ -237,6 +237,7 @@ def _results(episodes: Any) -> None:
         low, high = line["interval"]
         tail = f"  mean chain {line['mean_chain']:.2f}" if "mean_chain" in line else ""
         seed = "" if line["cell_seed"] is None else f"/{line['cell_seed']}"
+        seed += f"/draw{line['draw']}" if "draw" in line else ""
         name = f"{line['arm']}/{line['backbone']}/{line['protocol']}{seed}"
         told = f"{line['successes']:>5} of {line['episodes']:<5} {line['rate']:.3f} [{low:.3f}, {high:.3f}]{tail}"
         print(f"  {name:<64}{told}")

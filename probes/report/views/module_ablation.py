@@ -64,7 +64,7 @@ def answer(study: StudyTables, freezing: list[ArmContrast], scratch: list[ArmCon
 
 
 def head_table(study: StudyTables) -> pd.DataFrame:
-    """The heads that were run: success per head, and how alike repeated runs of the same episodes came out."""
+    """The heads that were run, each beside the one that it is compared with."""
     import pandas as pd
 
     from probes.numbers import plain
@@ -78,6 +78,34 @@ def head_table(study: StudyTables) -> pd.DataFrame:
             "verdict": one.verdict,
         })  # fmt: skip
     return pd.DataFrame(rows or [{"head": ", ".join(names) or "none declared", "verdict": shared.NOT_RUN}])
+
+
+def repeat_table(study: StudyTables) -> pd.DataFrame:
+    """Policies whose head draws noise: how far runs of the same episodes with other draws lie apart, per policy."""
+    import pandas as pd
+
+    from probes.numbers import plain
+
+    titles = {arm["name"]: arm["title"] for arm in study.on("heads")}
+    rows: list[dict[str, Any]] = []
+    keys = ["arm", "backbone", "protocol", "cell_seed"]
+    for (arm, backbone, protocol, seed), part in study.repeats.groupby(keys, sort=False) if len(study.repeats) else ():
+        outcome = part["chain" if part["chain"].notna().all() else "success"].astype(float)
+        means = outcome.groupby(part["draw"]).mean()
+        episodes = outcome.groupby([part["task"], part["episode"]])
+        rows.append({
+            "head": titles.get(arm, arm), "backbone": backbone, "benchmark": protocol, "training seed": int(seed),
+            "draws": len(means), "lowest": plain(means.min()), "highest": plain(means.max()),
+            "SD over draws": plain(means.std(ddof=1)),
+            "episodes that differ": f"{int((episodes.max() > episodes.min()).sum())} of {episodes.ngroups}",
+        })  # fmt: skip
+    return pd.DataFrame(rows or [{"head": ", ".join(titles.values()) or "none declared", "draws": shared.NOT_RUN}])
+
+
+def numbers(study: StudyTables, freezing: list[ArmContrast], scratch: list[ArmContrast]) -> dict[str, Any]:
+    """What the page rests on, as JSON values."""
+    told = {"freezing": shared.numbers(freezing), "scratch": shared.numbers(scratch)}
+    return told | {"heads": shared.numbers(found(study, "heads")), "repeats": repeat_table(study).to_dict("records")}
 
 
 def figure_words(found: list[ArmContrast], what: str) -> str:

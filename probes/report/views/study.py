@@ -31,7 +31,8 @@ _ENOUGH = 3  # training seeds that a conclusion takes
 
 @dataclass(frozen=True)
 class StudyTables:
-    """A study as far as it is done. file: what to give to `vlm4vla study run`. arms: name -> what it is."""
+    """A study as far as it is done. file: what to give to `vlm4vla study run`. arms: name -> what it is. repeats: the
+    rows of episodes that were run again with other draws of a head's noise; `episodes` is without them."""
 
     name: str
     question: str
@@ -43,6 +44,7 @@ class StudyTables:
     capability: pd.DataFrame
     performance: pd.DataFrame
     stages: pd.DataFrame
+    repeats: pd.DataFrame
 
     def on(self, axis: str) -> list[dict[str, Any]]:
         """The arms of one question."""
@@ -62,15 +64,17 @@ def open_study(path: Path) -> StudyTables:
     if path.is_dir():
         from vlm4vla_core.study.bundle import open_bundle
 
-        plan, out = open_bundle(path).plan(), path / "none"
+        plan, out, file = open_bundle(path).plan(), path / "none", None
     else:
         from probes.report.study_params import study_folder
         from vlm4vla_core.study import expand, read_study
 
         plan = expand(read_study(path))
-        out = study_folder(plan.study.name)
+        out, file = study_folder(plan.study.name), path
     tables = collect(plan, out)
-    return _made(tables.study, tables.cells, tables.episodes, tables.capability, performance(tables), tables.stages)
+    return _made(
+        tables.study, tables.cells, tables.episodes, tables.capability, performance(tables), tables.stages, file
+    )
 
 
 def _from_tables(folder: Path) -> StudyTables:
@@ -95,15 +99,24 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _made(
-    told: dict[str, Any], cells: Any, episodes: Any, capability: Any, performance: Any, stages: Any
-) -> StudyTables:
-    # A study that only reads rows is filled by the one that it includes.
+    told: dict[str, Any], cells: Any, episodes: Any, capability: Any, performance: Any, stages: Any,
+    path: Path | None = None,
+) -> StudyTables:  # fmt: skip
+    """path: of the study's file; that of a folder or a bundle is not known, so it is taken for one that ships."""
+    from probes.report.params import shown
+
     name = str(told["name"])
-    file = f"studies/{'nano_full' if name == 'nano' else name}.toml"
+    file = path or Path("studies") / f"{name}.toml"
+    if told.get("filled_by"):
+        file = file.parent / str(told["filled_by"])
     arms = {arm["name"]: arm for arm in told["arms"]}
+    once, repeats = episodes, episodes.iloc[:0]
+    if "draw" in episodes:
+        once, repeats = episodes[episodes["draw"].isna()], episodes[episodes["draw"].notna()]
     return StudyTables(
-        name, told["question"], told["deviations"], file, arms, cells, episodes, capability, performance, stages
-    )
+        name, told["question"], told["deviations"], shown(file), arms, cells, once, capability, performance, stages,
+        repeats,
+    )  # fmt: skip
 
 
 # --- an arm beside what it is compared with ----------------------------------------------------------------------
