@@ -17,6 +17,7 @@ import pytest
 
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.folders import project_root
+from vlm4vla_core.results import wilson
 from vlm4vla_core.study import expand, read_study
 from vlm4vla_core.study import run as running
 from vlm4vla_core.study.bundle import EPISODES, NUMBERS, PLAN, export, numbers, open_bundle, retrain, verify
@@ -257,6 +258,45 @@ def test_a_fresh_sign_of_life_means_running_and_a_stale_one_nothing(tmp_path):
     assert look(plan, out).states[one].state == "ready"
     (folder / DONE).write_text('{"amount": 0, "seco')  # cut short
     assert look(plan, out).states[one].state == "ready"
+
+
+def test_a_job_that_shows_a_sign_of_life_is_waited_for_and_a_dead_one_is_not(tmp_path):
+    import platform
+    import threading
+
+    beat = tmp_path / RUNNING
+    running.wait_for_another(tmp_path)  # nobody
+    beat.write_text(json.dumps({"host": platform.node(), "pid": 2**22 + 1}))  # above what Linux gives
+    running.wait_for_another(tmp_path)
+    beat.write_text(json.dumps({"host": "a machine that was cut off", "pid": os.getpid()}))
+    waiting = threading.Thread(target=running.wait_for_another, args=(tmp_path, 0.01))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    old = time.time() - STALE - 1
+    os.utime(beat, (old, old))
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
+def test_a_task_that_is_lost_for_good_is_a_failed_job_and_a_cancelled_one_is_not(tmp_path):
+    from types import SimpleNamespace
+
+    class Cancelled(Exception):
+        pass
+
+    ray = running.Ray.__new__(running.Ray)
+    ray._ray = SimpleNamespace(exceptions=SimpleNamespace(TaskCancelledError=Cancelled))
+
+    def came(result: int | Exception) -> int:
+        task: Future[int] = Future()
+        task.set_exception(result) if isinstance(result, Exception) else task.set_result(result)
+        return ray._came(task, tmp_path)
+
+    assert came(0) == 0 and came(2) == 2 and came(Cancelled("stop")) == 130 and not (tmp_path / FAILED).exists()
+    assert came(RuntimeError("the node died\nand more")) == 1
+    told = json.loads((tmp_path / FAILED).read_text())
+    assert told["reason"] == "Ray lost it for good (RuntimeError: the node died)" and told["seconds"] == 0.0
 
 
 def test_a_folder_of_another_study_or_of_anything_else_is_refused(tmp_path):
@@ -520,6 +560,38 @@ def test_numbers_by_hand():
     assert (first["episodes"], first["successes"], first["mean_chain"]) == (3, 1, 3.0)
     assert first["interval"] == pytest.approx([0.0615, 0.7923], abs=1e-4)  # Wilson, 1 of 3
     assert (second["cell_seed"], second["rate"]) == (1, 1.0)
+
+
+def test_what_a_study_runs_live_is_in_its_bundle_too_and_a_cell_that_cannot_be_trained_again_is_bad(real, tmp_path):
+    path, out = real
+    text = SMALL.replace('name = "try"', 'name = "try"\nonly_live = true\nlive = ["words/*"]', 1)
+    (path.parent / "live.toml").write_text(text)
+    bundle = tmp_path / "bundle"
+    manifest = export(expand(read_study(path.parent / "live.toml")), out, bundle)
+    assert len(manifest["jobs"]) == 3 and [check.holds for check in verify(bundle)] == [True] * 3
+    study = open_bundle(bundle).plan().study
+    (check,) = retrain(expand(study), 1, tmp_path / "again", 0, look)  # a runner that runs nothing
+    assert not check.holds and check.what == "words/qwen/tabletop-tasks@1/0" and "could not be trained" in check.found
+    (path.parent / "more.toml").write_text(f'shipped = "{bundle}"\n{text}')
+    again = export(expand(read_study(path.parent / "more.toml")), tmp_path / "none", tmp_path / "twice")
+    assert again["jobs"] == manifest["jobs"]  # the live cell was not run here, and its rows are not lost
+
+
+def test_what_is_said_of_a_cell_that_was_trained_again():
+    from vlm4vla_core.study.bundle import _again
+
+    def line(successes: int) -> dict:
+        return {"successes": successes, "episodes": 50, "interval": list(wilson(successes, 50))}
+
+    here, there = ["a core"] * 2, ["a core", "another core"]
+    assert _again("c", line(20), line(20), [line(20)], here, here).holds
+    off = _again("c", line(20), line(21), [line(20)], here, here)
+    assert not off.holds and off.found.startswith("20 of 50 shipped, 21 of 50 again; the same hardware class (a core)")
+    near = _again("c", line(20), line(25), [line(20), line(22)], here, there)
+    assert (
+        near.holds and "recorded on a core; here a core, another core" in near.found and "2 shipped seeds" in near.found
+    )
+    assert not _again("c", line(5), line(40), [line(5)], here, there).holds
 
 
 @pytest.mark.slow  # records, trains and evaluates once more

@@ -180,10 +180,8 @@ def test_a_browser_shows_the_pages(site, tmp_path):
                 assert browser.evaluate("window.innerWidth") == width
                 assert browser.evaluate("document.documentElement.scrollWidth") <= width, f"{where} scrolls sideways"
                 assert browser.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0, where
-                assert (
-                    browser.evaluate("Math.max(...[...document.images].map(i => i.getBoundingClientRect().right))")
-                    <= width
-                )
+                edges = "[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().right)"
+                assert browser.evaluate(f"Math.max(0, ...{edges})") <= width, f"{where}: a figure leaves the page"
                 browser.screenshot(tmp_path / "shot.png")
                 shot = Image.open(tmp_path / "shot.png").convert("L")
                 assert len(set(shot.resize((64, 64)).tobytes())) > 10, f"{where} is nearly empty"

@@ -79,7 +79,8 @@ class Bundle:
         from vlm4vla_core.study.jobs import Cell, Job
         from vlm4vla_core.study.jobs import Plan as AnyPlan
 
-        study = Study(**self.told["study"], shipped=".", folder=self.path.resolve())
+        told = {**self.told["study"], "live": (), "only_live": False}  # rows are read, wherever they were run
+        study = Study(**told, shipped=".", folder=self.path.resolve())
         kept = ("kind", "name", "spec", "needs", "amount")
         jobs = {one: Job(one, **{key: job[key] for key in kept}) for one, job in self.told["jobs"].items()}
         cells = [Cell(**{**cell, "trainings": tuple(cell["trainings"])}) for cell in self.told["cells"]]
@@ -103,13 +104,14 @@ def export(plan: Plan, out: Path, bundle: Path, pages: Callable[[Path], Any] | N
     """
     import pandas as pd
 
-    from vlm4vla_core.study.collect import ROWS, collect, training_facts
+    from vlm4vla_core.study.collect import ROWS, training_facts
     from vlm4vla_core.study.jobs import PRODUCT
     from vlm4vla_core.study.state import DONE, jobs_folder, look
 
     status, home = look(plan, out), jobs_folder(out)
     place = plan.study.folder / plan.study.shipped
     old = open_bundle(place) if plan.study.shipped and shipped_jobs(place) else None
+    kept = {*shipped_jobs(place), *old.trainings} if old is not None else set()
     amounts: dict[str, int] = {}
     jobs: dict[str, Any] = {}
     trainings: dict[str, dict[str, Any]] = {}
@@ -130,7 +132,7 @@ def export(plan: Plan, out: Path, bundle: Path, pages: Callable[[Path], Any] | N
                 facts |= {"seconds": done["seconds"], "made_by": done["made_by"], "hardware": done.get("hardware", "")}
                 if job.kind == "train":
                     trainings[one] = training_facts(source)
-            elif old is not None and one in old.told["jobs"] and (state == "shipped" or one in old.trainings):
+            elif old is not None and one in kept:
                 facts = old.told["jobs"][one]
                 if one in old.trainings:
                     trainings[one] = old.trainings[one]
@@ -155,13 +157,20 @@ def export(plan: Plan, out: Path, bundle: Path, pages: Callable[[Path], Any] | N
             "probes": plan.probes, "jobs": jobs,
         }  # fmt: skip
         folders.write_json(folder / PLAN, told)
-        folders.write_json(folder / NUMBERS, numbers(collect(plan, out, status).episodes))
         config = {"name": plan.study.name, "cells": len(plan.cells)}
-        manifest = folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
+        folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
+        folders.write_json(folder / NUMBERS, _numbers_of(open_bundle(folder)))
         if pages is not None:
+            folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
             folders.write_json(folder / PAGES, pages(folder))
-            manifest = folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
-    return manifest
+        return folders.write_manifest(folder, KIND, config=config, inputs={}, jobs=amounts)
+
+
+def _numbers_of(opened: Bundle) -> list[dict[str, Any]]:
+    """`numbers` of all rows that a bundle holds."""
+    from vlm4vla_core.study.collect import collect
+
+    return numbers(collect(opened.plan(), opened.path / "none").episodes)
 
 
 def _write_rows(rows: pd.DataFrame, path: Path) -> None:
@@ -222,7 +231,6 @@ def verify(bundle: Path, pages: Callable[[Path], Any] | None = None) -> list[Che
 
     Raises InputError when it is no bundle.
     """
-    from vlm4vla_core.study.collect import collect
     from vlm4vla_core.study.jobs import job_id
 
     manifest = folders.read_manifest(bundle, KIND, hashes=True)
@@ -234,7 +242,7 @@ def verify(bundle: Path, pages: Callable[[Path], Any] | None = None) -> list[Che
     what = f"{len(plan.jobs)} jobs, {len(wrong)} with another id than their settings give"
     checks.append(Check("ids", not wrong and not strange, what + (f", {len(strange)} unknown" if strange else "")))
     told = folders.read_json(Path(bundle) / NUMBERS)
-    made = numbers(collect(plan, Path(bundle) / "none").episodes)
+    made = _numbers_of(opened)
     same = len(told) == len(made) and all(_same(a, b) for a, b in zip(told, made, strict=True))
     checks.append(Check("numbers", same, f"{len(told)} told, {len(made)} computed from the rows"))
     if pages is not None and (Path(bundle) / PAGES).is_file():
@@ -275,10 +283,10 @@ def retrain(plan: Plan, count: int, out: Path, seed: int, go: Callable[[Plan, Pa
 
     plan: of the bundle's study as it expands now. go: runs a plan in a folder. On the hardware class of the record the
     counts have to be equal. Elsewhere rounding makes another training of it: the 95 % interval of the new rate has to
-    meet the span of the intervals of the shipped seeds of that arm. Raises InputError when no cell can be drawn.
+    meet the span of the intervals of the shipped seeds of that arm. What `out` holds of an earlier time is not trained
+    once more. Raises InputError when no cell can be drawn.
     """
     from vlm4vla_core.study.collect import collect
-    from vlm4vla_core.study.jobs import PRODUCT
     from vlm4vla_core.study.jobs import Plan as AnyPlan
     from vlm4vla_core.study.state import DONE, jobs_folder
 
@@ -286,25 +294,30 @@ def retrain(plan: Plan, count: int, out: Path, seed: int, go: Callable[[Plan, Pa
     shipped = shipped_jobs(place)
     known = [cell for cell in plan.cells if cell.evaluation in shipped]
     if not known:
-        raise InputError("no shipped cell belongs to this study as it expands now", where=place)
+        commits = {job["made_by"].get("commit") for job in open_bundle(place).told["jobs"].values() if "made_by" in job}
+        what = "none of its cells can be trained again: presets, the built-in world or a backbone are others by now"
+        made = ", ".join(sorted(str(commit) for commit in commits))
+        raise InputError(what, where=place, fix=f"use the version that made it ({made})")
     drawn = sorted(np.random.default_rng(seed).choice(len(known), min(count, len(known)), replace=False).tolist())
     cells = [known[i] for i in drawn]
     before = numbers(collect(plan, out / "none").episodes)
     recorded = open_bundle(place).told["jobs"]
-    alone = AnyPlan(plan.study.model_copy(update={"shipped": "", "live": ()}), dict(plan.jobs), cells)
-    go(alone, out)
+    alone = AnyPlan(plan.study.model_copy(update={"shipped": ""}), dict(plan.jobs), cells)
+    status = go(alone, out)
     after = {cell.name: line for cell in cells for line in numbers(collect(alone, out).episodes) if _is(line, cell)}
     checks = []
     for cell in cells:
         if cell.name not in after:
-            checks.append(Check(cell.name, False, "could not be trained again"))
+            mine = plan.closure([cell.evaluation])
+            why = "; ".join(status.states[one].note for one in status.of("failed") if one in mine)
+            checks.append(Check(cell.name, False, f"could not be trained again ({why})"))
             continue
         new, old = after[cell.name], next(line for line in before if _is(line, cell))
-        made = folders.read_json(jobs_folder(out) / plan.jobs[cell.evaluation].folder / DONE)
-        assert (jobs_folder(out) / plan.jobs[cell.evaluation].folder / PRODUCT).is_dir()
-        alike = recorded[cell.evaluation].get("hardware", "") == made["hardware"]
+        jobs = [*cell.trainings, cell.evaluation]
+        now = [folders.read_json(jobs_folder(out) / plan.jobs[one].folder / DONE)["hardware"] for one in jobs]
+        then = [recorded[one].get("hardware", "unknown") for one in jobs]
         seeds = [line for line in before if _is(line, cell, any_seed=True)]
-        checks.append(_again(cell.name, old, new, seeds, alike))
+        checks.append(_again(cell.name, old, new, seeds, then, now))
     return checks
 
 
@@ -316,13 +329,16 @@ def _is(line: dict[str, Any], cell: Any, *, any_seed: bool = False) -> bool:
 
 
 def _again(
-    name: str, old: dict[str, Any], new: dict[str, Any], seeds: list[dict[str, Any]], alike: bool
+    name: str, old: dict[str, Any], new: dict[str, Any], seeds: list[dict[str, Any]], then: list[str], now: list[str]
 ) -> Check:  # fmt: skip
-    """One cell's counts beside those that were shipped."""
+    """One cell's counts beside those that were shipped. then, now: hardware class of each of its jobs."""
     found = f"{old['successes']} of {old['episodes']} shipped, {new['successes']} of {new['episodes']} again"
-    if alike:
+    if then == now:
         same = old["successes"] == new["successes"] and old["episodes"] == new["episodes"]
-        return Check(name, same, f"{found}; the same hardware class, so they have to be equal")
+        return Check(name, same, f"{found}; the same hardware class ({now[-1]}), so they have to be equal")
     low, high = min(line["interval"][0] for line in seeds), max(line["interval"][1] for line in seeds)
     meets = new["interval"][0] <= high and new["interval"][1] >= low
-    return Check(name, meets, f"{found}; other hardware: 95 % of {len(seeds)} shipped seeds {low:.3f} to {high:.3f}")
+    again = "{:.3f} to {:.3f}".format(*new["interval"])
+    spans = f"95 % again {again}, of {len(seeds)} shipped seeds {low:.3f} to {high:.3f}"
+    classes = f"recorded on {', '.join(dict.fromkeys(then))}; here {', '.join(dict.fromkeys(now))}"
+    return Check(name, meets, f"{found}; other hardware, so intervals have to meet: {spans} ({classes})")

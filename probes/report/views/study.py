@@ -298,7 +298,7 @@ def beside_the_paper(
     from probes.style import MUTED, SMALL, figure_style, new_figure
 
     own = [
-        (_title(protocol), forest_lines([one for one in found if one.protocol == protocol]), _unit(found, protocol))
+        (_title(protocol), _own_lines([one for one in found if one.protocol == protocol]), _unit(found, protocol))
         for protocol in dict.fromkeys(one.protocol for one in found)
     ]
     with figure_style():
@@ -320,15 +320,20 @@ def beside_the_paper(
                 for i in range(len(side), rows):
                     axes[i, column].set_axis_off()
         for ax, (title, lines, unit) in placed:
-            forest(ax, lines)
             ax.set_title(title, fontsize=7.5, loc="right")  # to the left there is room
+            if not lines:
+                ax.set_axis_off()
+                ax.text(1, 0.5, NOT_RUN, transform=ax.transAxes, ha="right", va="center", color=MUTED)
+                continue
+            forest(ax, lines)
             ax.set_xlabel(unit)
-            if not any(line.value == line.value for line in lines):
-                ax.set_xlim(-1, 1)
-                ax.set_xticks([])
-                ax.text(0.5, 0.5, NOT_RUN, transform=ax.transAxes, ha="center", va="center", color=MUTED)
         fig.supxlabel("95 %; filled: told apart" + (f" {note}" if note else ""), fontsize=SMALL, color=MUTED)
     return fig
+
+
+def _own_lines(found: list[ArmContrast]) -> list[Line]:
+    """The lines of a panel; none while nothing of it was run, since the table below it names every arm."""
+    return forest_lines(found) if any(one.run for one in found) else []
 
 
 def tall(lines: list[Line]) -> int:

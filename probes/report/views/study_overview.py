@@ -108,6 +108,8 @@ def live_table(study: StudyTables) -> pd.DataFrame:
     import pandas as pd
 
     mine = study.cells[study.cells["state"].eq("done") & study.cells["shipped_episodes"].notna()]
+    if mine.empty:
+        return pd.DataFrame({"cell": ["none: no rows ship of what was run here"]})
     return pd.DataFrame(
         {
             "cell": row.cell, "run here": f"{int(row.successes)} of {int(row.counted)}",
@@ -176,7 +178,8 @@ def glance_figure(study: StudyTables, found: dict[str, list[ArmContrast]], *, co
             forest(ax, [*lines, *[Line("", 0, None, False, heading=True)] * (max(map(len, sides)) - len(lines))])
             ax.set_xlabel("difference, tasks in a row")
         fig.supxlabel(
-            f"{first}, against each arm's baseline; 95 % over training seeds; filled: told apart",
+            f"{first}, against each arm's baseline;{' ' if columns > 1 else chr(10)}"
+            "95 % over training seeds; filled: told apart",
             fontsize=SMALL,
             color=MUTED,
         )
