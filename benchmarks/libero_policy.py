@@ -1,4 +1,4 @@
-"""A learned policy on real LIBERO physics: 50 scripted demonstrations of libero_spatial task 0, the nano VLM fine-tuned
+"""A learned policy on real LIBERO physics: 60 scripted demonstrations of libero_spatial task 0, the nano VLM fine-tuned
 on them, 20 initial states that no demonstration began from, beside the baselines and the shortcut checks.
 
 It types the verbs a user would type, each of which does only what is missing, so it can be stopped and issued again.
@@ -66,7 +66,7 @@ def main() -> None:
         low, high = one["interval"]
         print(f"{name:<24}{one['episodes']:4d}{one['rate']:9.2f}   [{low:.2f}, {high:.2f}]")
     told = {
-        "what": __doc__.splitlines()[0], "benchmark": BENCHMARK, "task": TASK, "options": OPTIONS,
+        "what": " ".join(__doc__.split("\n\n")[0].split()), "benchmark": BENCHMARK, "task": TASK, "options": OPTIONS,
         "demonstrations": len(EpisodeStore.open(demos).lengths),
         "labels": ["scripted data", "one task of ten", *made_by],
         "commands": [" ".join(words) for words in commands], "results": found, "load_average": os.getloadavg(),
