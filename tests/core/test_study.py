@@ -517,7 +517,9 @@ def test_numbers_are_checked_against_the_rows_and_ids_against_the_settings(real,
     rows.to_parquet(bundle / EPISODES)
     # a forger keeps the hashes true
     folders.write_manifest(bundle, "study", config={}, inputs={}, jobs=manifest["jobs"])
-    assert [check.holds for check in verify(bundle)] == [True, True, False]
+    checks = verify(bundle)
+    assert [check.holds for check in checks] == [True, True, False]
+    assert "differ; the first: told " in checks[2].found
     told = folders.read_json(bundle / PLAN)
     next(job for job in told["jobs"].values() if job["kind"] == "train")["spec"]["settings"]["max_steps"] = 3
     folders.write_json(bundle / PLAN, told)

@@ -233,7 +233,7 @@ def verify(bundle: Path, pages: Callable[[Path], Any] | None = None) -> list[Che
     """
     from vlm4vla_core.study.jobs import job_id
 
-    manifest = folders.read_manifest(bundle, KIND, hashes=True)
+    manifest = folders.read_manifest(bundle, KIND, hashes=True, fix="get the bundle anew, or export it again")
     opened = open_bundle(bundle)
     checks = [Check("files", True, f"{len(manifest['files'])} files have the hashes of the manifest")]
     plan = opened.plan()
@@ -243,11 +243,21 @@ def verify(bundle: Path, pages: Callable[[Path], Any] | None = None) -> list[Che
     checks.append(Check("ids", not wrong and not strange, what + (f", {len(strange)} unknown" if strange else "")))
     told = folders.read_json(Path(bundle) / NUMBERS)
     made = _numbers_of(opened)
-    same = len(told) == len(made) and all(_same(a, b) for a, b in zip(told, made, strict=True))
-    checks.append(Check("numbers", same, f"{len(told)} told, {len(made)} computed from the rows"))
+    odd = [(a, b) for a, b in zip(told, made, strict=False) if not _same(a, b)]
+    what = f"{len(told)} told, {len(made)} computed from the rows"
+    if odd:
+        what += f", {len(odd)} differ; the first: told {_line(odd[0][0])}, the rows say {_line(odd[0][1])}"
+    checks.append(Check("numbers", len(told) == len(made) and not odd, what))
     if pages is not None and (Path(bundle) / PAGES).is_file():
         checks += _pages(folders.read_json(Path(bundle) / PAGES), pages(Path(bundle)))
     return checks
+
+
+def _line(line: dict[str, Any]) -> str:
+    """A line of `numbers` in words."""
+    name = "/".join(str(line[key]) for key in ("arm", "backbone", "protocol", "cell_seed"))
+    draw = f"/draw{line['draw']}" if "draw" in line else ""
+    return f"{line['successes']} of {line['episodes']} for {name}{draw}"
 
 
 def _pages(told: dict[str, Any], made: dict[str, Any]) -> list[Check]:
@@ -310,7 +320,7 @@ def retrain(plan: Plan, count: int, out: Path, seed: int, go: Callable[[Plan, Pa
         if cell.name not in after:
             mine = plan.closure([cell.evaluation])
             why = "; ".join(status.states[one].note for one in status.of("failed") if one in mine)
-            checks.append(Check(cell.name, False, f"could not be trained again ({why})"))
+            checks.append(Check(cell.name, False, "could not be trained again" + (f" ({why})" if why else "")))
             continue
         new, old = after[cell.name], next(line for line in before if _is(line, cell))
         jobs = [*cell.trainings, cell.evaluation]
