@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 # Pins are exact, torch's aside where the system brings its own.
 CONSTRAINTS := $(if $(SYSTEM_TORCH),$(VENV)/constraints-without-torch.txt,constraints.txt)
 
-.PHONY: install report test lint clean venv-libero venv-simpler venv-calvin nano
+.PHONY: install report walk miniature test lint clean venv-libero venv-simpler venv-calvin nano
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -62,12 +62,16 @@ $(CALVIN_STAMP): .venv-calvin/.layer constraints-calvin.txt
 	.venv-calvin/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-calvin.txt
 	touch $@
 
-# The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation -> reports.
-# Every verb does nothing when its product is there and its inputs have not changed.
+# The main job: demonstrations -> VLA and VLM arms -> rollouts -> features and probes -> divergence -> correlation; a
+# nano VLM as a policy; then the reports. Every verb does nothing when its product is there and its inputs have not changed.
 TASKS := --tasks move touch
 ROLLOUTS := --benchmark tabletop-tasks@1 $(TASKS) --episodes 50
 START := $(WALK)/vla/checkpoints/step-000000
 report: $(STAMP)
+	$(MAKE) --no-print-directory --jobs 2 walk miniature
+	$(VLM) report all --out reports
+
+walk: $(STAMP)
 	$(VLM) record tabletop $(TASKS) --episodes 800 --out $(WALK)/demos
 	$(VLM) train tiny --data $(WALK)/demos --out $(WALK)/vla
 	$(VLM) train tiny --data $(WALK)/demos --out $(WALK)/vlm --objective language
@@ -85,8 +89,10 @@ report: $(STAMP)
 	$(VLM) diverge --base $(START) --vlm $(WALK)/vlm --vla $(WALK)/vla \
 		--vlm-data $(WALK)/demos --vla-data $(WALK)/demos --out $(WALK)/divergence
 	$(VLM) correlate --json $(WALK)/correlate.json --plot $(WALK)/correlate.png
-	$(VLM) study run studies/nano.toml
-	$(VLM) report all --out reports
+
+# Beside the walk, on a core of its own: the cell of the miniature study that is run here.
+miniature: $(STAMP)
+	$(VLM) study run studies/nano.toml --jobs 1
 
 # The nano VLMs of data/nano from nothing: scenes, three stages each, tabletop-vqa@1, shipping; resumable.
 nano: $(STAMP)
