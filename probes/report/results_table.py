@@ -17,6 +17,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from probes.numbers import plain
+from probes.report.views.benchmark_results import withheld
 from vlm4vla_core.errors import InputError
 from vlm4vla_core.sims import coverage
 
@@ -127,14 +128,15 @@ def plain_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Episode rows of `vlm4vla evaluate` with a policy's name from what tells it apart but its seed."""
 
     def name(row: Any) -> str:
-        words = [str(row["model"])]
+        words = [str(row["model"]), *filter(None, [row["withheld"]])]
         words += [f"step {row['step']:g}"] if several and row["step"] == row["step"] and row["step"] is not None else []
         words += ["from scratch"] if row["init"] == "scratch" and not str(row["model"]).startswith("tiny") else []
         words += [f"{row['freeze']} frozen"] if row["freeze"] not in (None, "none", "") else []
         words += [f"after {row['aux']}"] if row["aux"] not in (None, "none", "") else []
+        words += [f"draw {row['draw']:g}"] if row.get("draw") is not None else []
         return ", ".join(words)
 
-    clean = rows.astype(object).where(rows.notna(), None)
+    clean = rows.assign(withheld=withheld(rows["note"])).astype(object).where(rows.notna(), None)
     several = clean.groupby("model")["step"].nunique().max() > 1
     return clean.assign(policy=[name(row) for _, row in clean.iterrows()], seed=clean["train_seed"])
 

@@ -22,6 +22,7 @@ from probes.report.notebook import notebook_names, read_notebook
 from probes.report.params import NotebookParams
 from probes.report.runner import plan
 from probes.report.site import ORDER
+from probes.report.results_table import plain_rows
 from probes.report.views import benchmark_results, feature_probe
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
@@ -189,6 +190,30 @@ def test_policies_that_ran_other_episodes_are_not_compared(tmp_path):
     told = benchmark_results.answer(benchmark_results.success(rows), rows)
     assert told.endswith("; the best baseline without sight, zero, ran other episodes and is not compared.")
     assert "better" not in told
+
+
+def test_shortcut_checks_and_draws_stand_beside_their_policy(tmp_path):
+    """The same run, kept from reading or seeing, or with another draw of its head's noise, is a line of its own."""
+    notes = {"seeing": "stand-in assets", "deaf": "without language; stand-in assets", "blind": "without image"}
+    paths = [
+        rollouts(tmp_path / name, "mine", {"touch": k}, 20, note=notes[name])
+        for name, k in (("seeing", 14), ("deaf", 3), ("blind", 0))
+    ]
+    paths.append(rollouts(tmp_path / "random", "random", {"touch": 1}, 20))
+    rows = benchmark_results.episode_rows(paths)
+    table = benchmark_results.success(rows)
+    assert dict(zip(table["policy"], table["kind"], strict=True)) == {
+        "mine": "learned", "mine, without language": "shortcut", "mine, without image": "shortcut", "random": "blind"
+    }  # fmt: skip
+    told = benchmark_results.answer(table, rows)
+    assert "mine succeeds in 14 of 20" in told and "random (1 of 20" in told
+    assert told.endswith(" Shortcut checks: mine, without language 3 of 20; mine, without image 0 of 20.")
+    assert set(plain_rows(rows)["policy"]) == set(table["policy"])
+    second = pd.read_parquet(paths[0] / "rows.parquet").assign(draw=1)
+    second.to_parquet(paths[1] / "rows.parquet")
+    rows = benchmark_results.episode_rows(paths[:2])
+    assert list(benchmark_results.success(rows)["policy"]) == ["mine", "mine, draw 1"]
+    assert set(plain_rows(rows)["policy"]) == {"mine", "mine, draw 1"}
 
 
 def test_rows_that_must_not_be_pooled_are_refused(tmp_path):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BLIND = ("zero", "random", "mean-action")  # baselines that never look at a picture
 SCRIPTED = "scripted"  # reads the simulator's state
-_KEY = ["run_id", "model", "step", "execute"]  # what makes two rows rows of one policy
+_KEY = ["run_id", "model", "step", "execute", "withheld", "draw"]  # what makes two rows rows of one policy
 
 
 def episode_rows(paths: Iterable[Path]) -> pd.DataFrame:
@@ -47,6 +47,7 @@ def episode_rows(paths: Iterable[Path]) -> pd.DataFrame:
     if not frames:
         raise InputError("no files of episode rows", fix="make them with `vlm4vla evaluate`")
     rows = pd.concat(frames, ignore_index=True)
+    rows = rows.assign(withheld=withheld(rows["note"]), draw=rows.get("draw"))
     protocols = list(dict.fromkeys(rows["protocol"]))
     if len(protocols) > 1:
         raise InputError(f"rows of {len(protocols)} protocols: {', '.join(protocols)}", fix="report one at a time")
@@ -58,19 +59,26 @@ def episode_rows(paths: Iterable[Path]) -> pd.DataFrame:
     rows["success"] = rows["success"].astype(bool)
     rows["policy"] = _names(rows)
     rank = {name: i for i, name in enumerate([SCRIPTED, "", *reversed(BLIND)])}  # expert, learned policies, blind
-    order = rows["model"].map(lambda model: rank.get(model, 1))
+    order = rows["model"].map(lambda model: rank.get(model, 1)) + 0.5 * (rows["withheld"] != "")
     steps = -pd.to_numeric(rows["step"]).fillna(-1)
     return rows.assign(_order=order, _step=steps).sort_values(["_order", "_step"], kind="stable").drop(
         columns=["_order", "_step"]).reset_index(drop=True)  # fmt: skip
 
 
+def withheld(notes: pd.Series) -> pd.Series:
+    """What a shortcut check kept from the policy, by the rows' notes: "without image", "without language" or ""."""
+    return notes.astype(str).str.extract(r"\b(without (?:image|language))\b", expand=False).fillna("")
+
+
 def _names(rows: pd.DataFrame) -> pd.Series:
-    """The shortest names that tell the policies apart: the model, then its step, its run, its execute length."""
+    """The shortest names that tell the policies apart: the model, what it was not shown, then its step, its run, its
+    execute length, its draw."""
     import pandas as pd
 
     policies = rows[_KEY].drop_duplicates().reset_index(drop=True)
-    names = policies["model"].astype(str)
-    for column, form in (("step", ", step {}"), ("run_id", ", {}"), ("execute", ", executing {}")):
+    names = policies["model"].astype(str) + [f", {part}" if part else "" for part in policies["withheld"]]
+    further = (("step", ", step {}"), ("run_id", ", {}"), ("execute", ", executing {}"), ("draw", ", draw {}"))
+    for column, form in further:
         for name in names[names.duplicated()].unique():
             chosen = names == name
             if policies.loc[chosen, column].nunique(dropna=False) > 1:
@@ -82,14 +90,15 @@ def _names(rows: pd.DataFrame) -> pd.Series:
 def success(rows: pd.DataFrame, *, level: float = 0.95, by: tuple[str, ...] = ("policy",)) -> pd.DataFrame:
     """Success per policy (or by=("policy", "task")): episodes, successes, rate, low, high (Wilson), kind, execute.
 
-    kind: `blind`, `untrained` (step 0 of a training), `learned` or `expert`. Over several tasks the episodes are
+    kind: `blind`, `untrained` (step 0 of a training), `learned`, `shortcut` (learned, kept from seeing or reading) or
+    `expert`. Over several tasks the episodes are
     pooled, every task with its own n, so that rates are comparable only between policies that ran the same episodes.
     Where every episode is a chain of instructions, also chain: mean number done in a row (mean, low, high at 95 %),
     and the shares of chains with at least 1 … 5 done (rates).
     """
     table = success_table(rows, list(by), level)
     first = rows.drop_duplicates("policy").set_index("policy")
-    kinds = {policy: _kind(row["model"], row["step"]) for policy, row in first.iterrows()}
+    kinds = {policy: _kind(row["model"], row["step"], row["withheld"]) for policy, row in first.iterrows()}
     table = table.assign(kind=table["policy"].map(kinds), execute=table["policy"].map(first["execute"]))
     if rows["chain"].isna().any():
         return table
@@ -102,9 +111,11 @@ def _chain(lengths: pd.Series) -> dict[str, object]:
     return {"mean": told.mean, "low": low, "high": high, "rates": [step["rate"] for step in told.rates]}
 
 
-def _kind(model: str, step: object) -> str:
+def _kind(model: str, step: object, kept: str) -> str:
     if model in BLIND or model == SCRIPTED:
         return "expert" if model == SCRIPTED else "blind"
+    if kept:
+        return "shortcut"
     return "untrained" if step == 0 else "learned"
 
 
@@ -174,7 +185,15 @@ def answer(table: pd.DataFrame, rows: pd.DataFrame, *, level: float = 0.95) -> s
     return (
         f"{text}, {verdict} the best baseline without sight, {other['policy']} ({other['successes']} of "
         f"{other['episodes']}; the difference lies {told}).{_by_task(rows, best['policy'], list(blind['policy']))}"
+        f"{_shortcuts(table)}"
     )
+
+
+def _shortcuts(table: pd.DataFrame) -> str:
+    """What policies did that were kept from seeing or reading: successes without either would be a shortcut."""
+    checked = table[table["kind"] == "shortcut"]
+    parts = [f"{row.policy} {row.successes} of {row.episodes}" for row in checked.itertuples()]
+    return f" Shortcut checks: {'; '.join(parts)}." if parts else ""
 
 
 def _best(table: pd.DataFrame) -> pd.Series:
@@ -258,6 +277,7 @@ def _forest(axis: Axes, table: pd.DataFrame, *, labels: bool) -> None:
     looks = {
         "blind": (MUTED, "s"),
         "untrained": (MUTED, "o"),
+        "shortcut": (MUTED, "v"),
         "learned": (PALETTE[0], "o"),
         "expert": (PALETTE[2], "D"),
     }
