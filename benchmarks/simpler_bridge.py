@@ -18,7 +18,9 @@ from typing import Any
 from vlm4vla_core import folders
 
 BENCHMARK, TASK, EPISODES = "simpler-bridge-ms3@1", "widowx_carrot_on_plate", 24
-DEMOS = f"record {BENCHMARK} --tasks {TASK} --episodes 60 --noise 0.15 --out {{work}}/demos --json {{work}}/demos.json"
+DEMOS = (
+    f"record {BENCHMARK} --tasks {TASK} --episodes {{count}} --noise 0.15 --out {{work}}/demos --json {{work}}/demos.json"
+)
 TRAINED = "train {model} --data {work}/demos --out {work}/vla"
 ROLLED = f"evaluate {{policy}} --benchmark {BENCHMARK} --episodes {EPISODES} --out {{work}}/{{name}}"
 LEARNED = {  # folder of the rows, policy
@@ -28,9 +30,9 @@ LEARNED = {  # folder of the rows, policy
 }
 
 
-def commands(work: Path, model: str, blind: tuple[str, ...]) -> dict[str, str]:
+def commands(work: Path, model: str, count: int, blind: tuple[str, ...]) -> dict[str, str]:
     """What is issued, by the name of what it gives."""
-    fixed = {"work": work, "model": model}
+    fixed = {"work": work, "model": model, "count": count}
     issued = {"demos": DEMOS.format(**fixed), "training": TRAINED.format(**fixed)}
     for name in ("random", "zero", "scripted"):
         issued[name] = ROLLED.format(policy=name, name=name, **fixed)
@@ -78,11 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--demonstrations", type=int, default=200)
     parser.add_argument("--blind", nargs="*", default=["image", "language"])
     parser.add_argument("--collect", action="store_true", help="run nothing, take what is there")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/simpler_bridge_ms3.json"))
     args = parser.parse_args()
-    issued = commands(args.work, args.model, tuple(args.blind))
+    issued = commands(args.work, args.model, args.demonstrations, tuple(args.blind))
     results: dict[str, Any] = {}
     for name, command in issued.items():
         print("vlm4vla", command, flush=True)

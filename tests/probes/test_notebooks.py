@@ -20,9 +20,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from probes.report.notebook import notebook_names, read_notebook
 from probes.report.params import NotebookParams
+from probes.report.results_table import plain_rows
 from probes.report.runner import plan
 from probes.report.site import ORDER
-from probes.report.results_table import plain_rows
 from probes.report.views import benchmark_results, feature_probe
 from vlm4vla_core import folders
 from vlm4vla_core.errors import InputError
