@@ -19,7 +19,8 @@ from vlm4vla_core import folders
 
 BENCHMARK, TASK, EPISODES = "simpler-bridge-ms3@1", "widowx_carrot_on_plate", 24
 DEMOS = (
-    f"record {BENCHMARK} --tasks {TASK} --episodes {{count}} --noise 0.15 --out {{work}}/demos --json {{work}}/demos.json"
+    f"record {BENCHMARK} --tasks {TASK} --episodes {{count}} --noise 0.15 "
+    "--out {work}/demos --json {work}/demos.json"
 )
 TRAINED = "train {model} --data {work}/demos --out {work}/vla"
 ROLLED = f"evaluate {{policy}} --benchmark {BENCHMARK} --episodes {EPISODES} --out {{work}}/{{name}}"

@@ -31,7 +31,8 @@ RECORDED = {
     "scenes": ("--tasks", "scene", "--episodes", str(SCENES)),  # looks U, V, W; no hand
     "hand": ("--tasks", "touch", "push", "pick", "put", "--episodes", str(DEMONSTRATIONS), "--seed", "1"),  # A, B, C
 }
-HAND = {"paligemma-m", "paligemma-s", "paligemma-s-speak", "paligemma-s-long"}  # they also see the hand, in the looks of training
+# They also see the hand, in the looks of training.
+HAND = {"paligemma-m", "paligemma-s", "paligemma-s-speak", "paligemma-s-long"}
 LICENCE = "the project's (LICENSE): weights and training data were made by this project alone"
 
 
