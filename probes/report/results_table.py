@@ -136,7 +136,8 @@ def plain_rows(rows: pd.DataFrame) -> pd.DataFrame:
         words += [f"draw {row['draw']:g}"] if row.get("draw") is not None else []
         return ", ".join(words)
 
-    clean = rows.assign(withheld=withheld(rows["note"])).astype(object).where(rows.notna(), None)
+    kept = withheld(rows["note"]) if "note" in rows else ""
+    clean = rows.assign(withheld=kept).astype(object).where(rows.notna(), None)
     several = clean.groupby("model")["step"].nunique().max() > 1
     return clean.assign(policy=[name(row) for _, row in clean.iterrows()], seed=clean["train_seed"])
 
