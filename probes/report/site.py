@@ -16,7 +16,7 @@ from vlm4vla_core.errors import InputError
 
 INDEX = "index.html"
 ORDER = (
-    "study_overview", "capability_vs_performance", "benchmark_power", "auxiliary_tasks", "module_ablation",
+    "capability_vs_performance", "benchmark_power", "study_overview", "auxiliary_tasks", "module_ablation",
     "vision_injection", "training_divergence", "feature_probe", "representation_similarity", "attribution",
     "benchmark_results",
 )  # fmt: skip
